@@ -1,0 +1,3 @@
+"""dfkd-bench: the comparative benchmark suite of data-free knowledge distillation."""
+
+__version__ = "0.1.0"

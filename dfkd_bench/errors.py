@@ -1,0 +1,23 @@
+"""Wrong input: one clear line and exit code 2, never a traceback."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """Something the user can put right. The message is one line: what was wrong, what was expected, what to do."""
+
+
+def unknown(kind: str, name: str, known: Iterable[str], hint: str = "") -> UserError:
+    """The error for a misspelt name, with the nearest known one.
+
+    >>> str(unknown("method", "nayr", ["fm", "nayer"]))
+    "unknown method 'nayr': did you mean 'nayer'? Known: fm, nayer"
+    """
+    names = sorted(known)
+    close = difflib.get_close_matches(name.lower(), names, n=1, cutoff=0.5)
+    guess = f" did you mean '{close[0]}'?" if close else ""
+    listed = ", ".join(names) if names else "none"
+    return UserError(f"unknown {kind} '{name}':{guess} Known: {listed}{'. ' + hint if hint else ''}")
