@@ -140,11 +140,13 @@ class PoolView(Protocol):
         ...
 
 
-class _Frozen(BaseModel):
+class Frozen(BaseModel):
+    """Base of the values that pass between the rooms: immutable, unknown keys and NaN refused."""
+
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
-class Schedule(_Frozen):
+class Schedule(Frozen):
     """The student's training: proposed by a method, decided by the job."""
 
     epochs: int = Field(ge=1, le=100_000, description="epochs, warm-up included")
@@ -174,7 +176,7 @@ class Schedule(_Frozen):
         return (self.epochs - self.warmup_epochs) * self.rounds_per_epoch * self.student_steps
 
 
-class Published(_Frozen):
+class Published(Frozen):
     """A set of hyper-parameters for one data set or one pair, with its origin."""
 
     schedule: Schedule
@@ -183,7 +185,7 @@ class Published(_Frozen):
     source: str = Field(min_length=4, description="document, section or file")
 
 
-class MethodConfig(_Frozen):
+class MethodConfig(Frozen):
     """Base of every method's ``Config``: frozen, typed, bounded, unknown keys refused."""
 
     temperature: float = Field(20.0, gt=0, le=1000, description="T of the student's KL divergence")
@@ -221,7 +223,7 @@ class Method(ABC):
 
     def after_student_step(self, student: nn.Module, batch: Batch, at: Progress) -> None:
         """After the student's optimiser step, e.g. for a method's own heads or replay buffers. Default: nothing."""
-        return None
+        return
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs. Default: every attribute except ``config``, ``task`` and the transient ones."""

@@ -1,0 +1,67 @@
+"""Seconds per phase of a run. On a GPU by events, so that timing a step does not synchronise it."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+
+PHASES = ("setup", "synthesis", "sampling", "distillation", "evaluation")
+"""The headline time is the sum of all but ``evaluation``."""
+
+
+class Clock:
+    """Adds up the seconds of named phases. ``settle`` once an epoch reads the GPU's events (one synchronisation)."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._seconds = dict.fromkeys(PHASES, 0.0)
+        self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Count what happens inside towards ``name``. Phases must not be nested."""
+        if self._device.type == "cuda":
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin.record()
+            try:
+                yield
+            finally:
+                end.record()
+                self._events.append((name, begin, end))
+            return
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._seconds[name] += time.perf_counter() - start
+
+    def settle(self) -> dict[str, float]:
+        """Seconds of each phase so far."""
+        if self._events:
+            torch.cuda.synchronize(self._device)
+            for name, begin, end in self._events:
+                self._seconds[name] += begin.elapsed_time(end) / 1000
+            self._events.clear()
+        return dict(self._seconds)
+
+    def resume(self, seconds: Mapping[str, float]) -> None:
+        """Go on from the time already spent before an interruption."""
+        self._seconds.update(seconds)
+
+
+def total(seconds: Mapping[str, float]) -> float:
+    """The headline time: all phases without evaluation [s]."""
+    return sum(value for name, value in seconds.items() if name != "evaluation")
+
+
+def peak_memory(device: torch.device) -> int:
+    """Peak memory of this process so far [bytes]: of the GPU's allocator, or resident on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes there, in KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

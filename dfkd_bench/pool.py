@@ -1,0 +1,114 @@
+"""The image pool: one growing uint8 tensor on the device, drawn without replacement, pass after pass.
+
+It stands for the released codes' folder of PNG files and their loader (zju-vipa/CMI, datafree/utils/_utils.py:
+ImagePool, DataIter): images are clamped and truncated to 8 bits, every ``add`` starts a new pass with a new
+permutation, and the last batch of a pass is shorter when the pool's size is no multiple of the batch size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dfkd_bench.augment import to_uint8, to_unit
+from dfkd_bench.shuffle import Shuffle
+
+
+class Pool:
+    """Images [n, C, H, W] as uint8 and rows of named extras beside them. With a cap, the newest ``cap`` are kept."""
+
+    def __init__(
+        self,
+        image_shape: tuple[int, int, int],
+        device: torch.device,
+        generator: torch.Generator,
+        cap: int | None = None,
+    ) -> None:
+        self.cap = cap
+        self.made = 0  # images ever added
+        self._device = device
+        self._shuffle = Shuffle(generator, device)
+        self._images = torch.empty((0, *image_shape), dtype=torch.uint8, device=device)
+        self._extras: dict[str, Tensor] = {}
+        self._size = 0
+
+    def __len__(self) -> int:
+        return self._size
+
+    @property
+    def images(self) -> Tensor:
+        """The stored images, uint8 [n, C, H, W], oldest first."""
+        return self._images[: self._size]
+
+    def add(self, images: Tensor, extras: Mapping[str, Tensor] | None = None) -> None:
+        """Store [0, 1] images and the extras' rows; begins a new pass."""
+        extras = extras or {}
+        if images.shape[1:] != self._images.shape[1:]:
+            raise ValueError(f"images have shape {tuple(images.shape[1:])}, the pool {tuple(self._images.shape[1:])}")
+        if self._size and set(extras) != set(self._extras):
+            raise ValueError(f"extras are {sorted(extras)}, the pool keeps {sorted(self._extras)}")
+        for name, rows in extras.items():
+            if rows.shape[0] != images.shape[0]:
+                raise ValueError(f"extra '{name}' has {rows.shape[0]} rows for {images.shape[0]} images")
+        self._append(to_uint8(images.detach()), {name: rows.detach() for name, rows in extras.items()})
+        self.made += images.shape[0]
+        self._shuffle.restart()
+
+    def draw(self, size: int) -> Tensor:
+        """The next up to ``size`` images of the pass, float32 [b, C, H, W] in [0, 1]."""
+        return to_unit(self._images[self._next(size)])
+
+    def draw_with_extras(self, size: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """The same with the extras' rows of the same images."""
+        rows = self._next(size)
+        return to_unit(self._images[rows]), {name: values[rows] for name, values in self._extras.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything but the images and extras, which the checkpoint appends to a file of their own."""
+        return {"made": self.made, "size": self._size, "shuffle": self._shuffle.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any], images: Tensor, extras: Mapping[str, Tensor]) -> None:
+        """Restore from ``state_dict`` and the stored rows."""
+        self._images, self._extras, self._size = self._images[:0], {}, 0
+        self._append(images.to(self._device), {name: rows.to(self._device) for name, rows in extras.items()})
+        if self._size != state["size"]:
+            raise ValueError(f"the saved pool has {self._size} images, {state['size']} were expected")
+        self.made = state["made"]
+        self._shuffle.load_state_dict(state["shuffle"])
+
+    @property
+    def extras(self) -> dict[str, Tensor]:
+        """The stored extras' rows, oldest first."""
+        return {name: values[: self._size] for name, values in self._extras.items()}
+
+    def _next(self, size: int) -> Tensor:
+        if self._size == 0:
+            raise RuntimeError("the pool is empty: `synthesize` has returned no images yet")
+        return self._shuffle.next(self._size, size)
+
+    def _append(self, images: Tensor, extras: Mapping[str, Tensor]) -> None:
+        wanted = self._size + images.shape[0]
+        self._images = _grown(self._images, self._size, wanted)
+        self._images[self._size : wanted] = images
+        for name, rows in extras.items():
+            current = self._extras.get(name, rows[:0])
+            self._extras[name] = _grown(current, self._size, wanted)
+            self._extras[name][self._size : wanted] = rows
+        self._size = wanted
+        if self.cap is not None and self._size > self.cap:
+            drop = self._size - self.cap
+            self._images = self._images[drop : self._size].clone()
+            self._extras = {name: rows[drop : self._size].clone() for name, rows in self._extras.items()}
+            self._size = self.cap
+
+
+def _grown(rows: Tensor, used: int, wanted: int) -> Tensor:
+    """``rows`` with room for ``wanted``; capacity doubles so that adding is linear in the images added."""
+    if rows.shape[0] >= wanted:
+        return rows
+    grown = torch.empty((max(wanted, 2 * rows.shape[0]), *rows.shape[1:]), dtype=rows.dtype, device=rows.device)
+    grown[:used] = rows[:used]
+    return grown

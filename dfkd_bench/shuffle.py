@@ -1,0 +1,49 @@
+"""Drawing rows without replacement, pass after pass."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Shuffle:
+    """Row numbers in random order; each pass covers every row once, the last batch of a pass may be shorter.
+
+    Source: the released codes' DataIter over a shuffled loader without drop_last (zju-vipa/CMI,
+    datafree/utils/_utils.py).
+    """
+
+    def __init__(self, generator: torch.Generator, device: torch.device) -> None:
+        self._generator = generator
+        self._device = device
+        self._order: Tensor | None = None
+        self._position = 0
+
+    def restart(self) -> None:
+        """The next draw begins a new pass."""
+        self._order = None
+
+    def next(self, rows: int, size: int) -> Tensor:
+        """Up to ``size`` of ``rows`` row numbers, int64 on the device.
+
+        A single left-over row is skipped: BatchNorm has no variance over one row of a 1x1 feature map.
+        """
+        if self._order is None or rows - self._position < min(2, rows):
+            self._order = torch.randperm(rows, device=self._device, generator=self._generator)
+            self._position = 0
+        drawn = self._order[self._position : self._position + size]
+        self._position += drawn.shape[0]
+        return drawn
+
+    def state_dict(self) -> dict[str, Any]:
+        """Order and position of the current pass; the generator's state is its owner's business."""
+        return {"order": self._order, "position": self._position}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The inverse of ``state_dict``."""
+        order = state["order"]
+        self._order = None if order is None else order.to(self._device)
+        self._position = state["position"]
