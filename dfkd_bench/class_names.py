@@ -1,0 +1,75 @@
+"""The names of the classes, in the order of their labels: what text encoders are given.
+
+Everywhere: clean text, that is lower case with blanks for '_' and '-'. Where a data set lists synonyms
+(ImageNet, Tiny-ImageNet) the first one is taken.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dfkd_bench.errors import UserError
+
+DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+
+
+def clean(name: str) -> str:
+    """The clean text of a class name or a folder's name.
+
+    >>> clean("Aquarium_fish")
+    'aquarium fish'
+    """
+    return " ".join(name.replace("_", " ").replace("-", " ").lower().split())
+
+
+def _listed(names: str) -> tuple[str, ...]:
+    return tuple(clean(name) for name in names.split())
+
+
+FASHION_MNIST = _listed("T-shirt/top Trouser Pullover Dress Coat Sandal Shirt Sneaker Bag Ankle_boot")
+
+CIFAR10 = _listed("airplane automobile bird cat deer dog frog horse ship truck")
+
+CIFAR100 = _listed(
+    """
+    apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle
+    bowl boy bridge bus butterfly camel can castle caterpillar cattle
+    chair chimpanzee clock cloud cockroach couch crab crocodile cup dinosaur
+    dolphin elephant flatfish forest fox girl hamster house kangaroo keyboard
+    lamp lawn_mower leopard lion lizard lobster man maple_tree motorcycle mountain
+    mouse mushroom oak_tree orange orchid otter palm_tree pear pickup_truck pine_tree
+    plain plate poppy porcupine possum rabbit raccoon ray road rocket
+    rose sea seal shark shrew skunk skyscraper snail snake spider
+    squirrel streetcar sunflower sweet_pepper table tank telephone television tiger tractor
+    train trout tulip turtle wardrobe whale willow_tree wolf woman worm
+    """
+)
+
+CARDIGAN_DOG = 264  # torchvision tells it from the garment (474) by a capital letter only
+
+
+def imagenet() -> tuple[str, ...]:
+    """The 1,000 names in the order of the sorted WordNet ids, as torchvision lists them; imports torchvision.
+
+    One is completed from its synset, since lower case would make two classes one: "cardigan welsh corgi".
+    """
+    from torchvision.models import ResNet50_Weights
+
+    names = [clean(name) for name in ResNet50_Weights.IMAGENET1K_V1.meta["categories"]]
+    names[CARDIGAN_DOG] = "cardigan welsh corgi"
+    return tuple(names)
+
+
+def tiny_imagenet(folder: Path) -> tuple[str, ...]:
+    """The names of the 200 classes in the order of their sorted WordNet ids, from ``wnids.txt`` and ``words.txt``.
+
+    ``UserError``: a class has no line in ``words.txt``.
+    """
+    words = folder / "words.txt"
+    lines = words.read_text(encoding="utf-8").splitlines()
+    synonyms = dict(line.split("\t", 1) for line in lines if "\t" in line)
+    wnids = sorted((folder / "wnids.txt").read_text(encoding="utf-8").split())
+    for wnid in wnids:
+        if wnid not in synonyms:
+            raise UserError(f"{words} has no line for the class {wnid}: expected '{wnid}<tab>name, synonyms'")
+    return tuple(clean(synonyms[wnid].split(",")[0]) for wnid in wnids)
