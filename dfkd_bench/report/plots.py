@@ -1,0 +1,150 @@
+"""Figures at the size of a paper's column. matplotlib's objects only: no global figure, no window."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+from dfkd_bench.errors import UserError
+from dfkd_bench.record import Record
+from dfkd_bench.report.groups import Group, group
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+SIZE = (3.5, 2.9)
+"""Inches: one column of a two-column paper."""
+
+FORMATS = (".png", ".pdf", ".svg")
+
+_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
+"""Okabe and Ito, "Color Universal Design" (2008): told apart by colour-blind readers; without black and yellow."""
+
+_DASHES = ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (5, 1, 1, 1)))
+_GREYS = ("#555555", "#888888", "#aaaaaa")
+_UNITS = ((2 * 3600.0, 3600.0, "hours"), (2 * 60.0, 60.0, "minutes"), (0.0, 1.0, "seconds"))
+_STYLE: Any = {
+    "font.size": 8,
+    "axes.titlesize": 8,
+    "legend.fontsize": 7,
+    "xtick.labelsize": 7,
+    "ytick.labelsize": 7,
+    "axes.linewidth": 0.6,
+    "pdf.fonttype": 42,
+    "svg.hashsalt": "dfkd-bench",  # the same records give the same file
+}
+
+
+@dataclass(frozen=True)
+class Band:
+    """A method's curve over its seeds, one entry an epoch: mean time [s], mean, lowest and highest accuracy [%]."""
+
+    seconds: tuple[float, ...]
+    mean: tuple[float, ...]
+    low: tuple[float, ...]
+    high: tuple[float, ...]
+
+
+def band(records: Sequence[Record]) -> Band:
+    """Put the curves of runs that differ in the seed only together, epoch by epoch.
+
+    A run that stopped because its student was not finite keeps its last accuracy; the times are those of the others.
+    """
+    length = max(len(record.curve) for record in records)
+    epochs = range(length)
+    accuracies = [[record.curve[min(index, len(record.curve) - 1)].accuracy for record in records] for index in epochs]
+    complete = [record.curve for record in records if len(record.curve) == length]
+    return Band(
+        seconds=tuple(fmean(curve[index].seconds for curve in complete) for index in epochs),
+        mean=tuple(map(fmean, accuracies)),
+        low=tuple(map(min, accuracies)),
+        high=tuple(map(max, accuracies)),
+    )
+
+
+def accuracy_against_time(
+    records: Sequence[Record], path: Path, title: str = "", method_order: Sequence[str] = ()
+) -> Path:
+    """Draw accuracy against headline time: a line a method (mean over seeds) in a band from lowest to highest seed.
+
+    The teacher is a dashed line across, controls are grey. Time is logarithmic where methods differ tenfold.
+    Runs without an accuracy are in the table only.
+
+    Args:
+        records: one protocol, data set, pair and teacher, as for a table.
+        path: ends in .png (200 dpi), .pdf or .svg; its folder is made.
+        title: above the axes, none if empty.
+        method_order: which method gets the first colour, and so on.
+
+    Returns:
+        ``path``.
+
+    Raises:
+        UserError: another suffix, no curve to draw, or records that can't be compared.
+    """
+    if path.suffix not in FORMATS:
+        raise UserError(f"can't draw '{path.name}': expected a name that ends in {', '.join(FORMATS)}")
+    curves = [(one, band(runs)) for one in group(records, method_order) if (runs := _with_curve(one))]
+    if not curves:
+        raise UserError("no finished run has a curve: nothing to draw; see the table for the reasons")
+
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=SIZE, layout="constrained")
+        axes = figure.add_subplot()
+        _draw(axes, curves)
+        _draw_teacher(axes, records)
+        if title:
+            axes.set_title(title, loc="left")
+        figure.legend(loc="outside lower center", ncols=3, frameon=False, columnspacing=1.2, handlelength=2.2)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(
+            path, dpi=200, metadata={".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(path.suffix)
+        )
+    return path
+
+
+def _with_curve(one: Group) -> list[Record]:
+    return [record for record in one.scored if record.curve]
+
+
+def _draw(axes: Axes, curves: Sequence[tuple[Group, Band]]) -> None:
+    ends = [curve.seconds[-1] for _, curve in curves]
+    factor, unit = next((factor, unit) for least, factor, unit in _UNITS if max(ends) >= least)
+    ends_of_methods = [curve.seconds[-1] for one, curve in curves if not one.is_control] or ends
+    controls = methods = 0
+    for one, curve in curves:
+        if one.is_control:
+            colour, dash, width = _GREYS[controls % len(_GREYS)], _DASHES[controls % len(_DASHES)], 1.0
+            controls += 1
+        else:
+            # Colours first, then the dash pattern changes: thirteen methods are still told apart.
+            colour, dash, width = _COLOURS[methods % len(_COLOURS)], _DASHES[methods // len(_COLOURS) % 4], 1.2
+            methods += 1
+        times = [second / factor for second in curve.seconds]
+        order = 2 if one.is_control else 3
+        axes.fill_between(times, curve.low, curve.high, color=colour, alpha=0.2, linewidth=0, zorder=order)
+        axes.plot(times, curve.mean, color=colour, linestyle=dash, linewidth=width, label=one.label, zorder=order + 2)
+        axes.plot(times[-1], curve.mean[-1], "o", color=colour, markersize=3, zorder=order + 2)
+    if max(ends_of_methods) > 10 * min(ends_of_methods):
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter("{x:g}")
+    else:
+        axes.set_xlim(left=0)
+    job = curves[0][0].records[0].job
+    axes.set_xlabel(f"time without evaluation [{unit}], {job.protocol} protocol")
+    axes.set_ylabel(f"{job.evaluate_on} accuracy [%]")
+    axes.grid(True, color="#e5e5e5", linewidth=0.5)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _draw_teacher(axes: Axes, records: Sequence[Record]) -> None:
+    known = next((record.teacher for record in records if record.teacher), None)
+    if known is not None:
+        axes.axhline(known.accuracy, color="black", linestyle=(0, (4, 2)), linewidth=0.8, label="teacher", zorder=1)
