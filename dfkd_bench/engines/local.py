@@ -1,0 +1,272 @@
+"""The default engine: one process a run, on this machine.
+
+Processes are forked from a server that has imported torch (and has not touched CUDA), so that a run starts in a
+fraction of a second and a crash, a leak or a full memory takes one run and not its neighbours. Teachers are trained
+in processes of their own: the process of a method never opens a training file.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any, Literal
+
+from dfkd_bench import plugins
+from dfkd_bench.errors import UserError
+from dfkd_bench.job import Job, TeacherSpec
+from dfkd_bench.record import Record, read, record_path, write
+from dfkd_bench.run import Place, failed
+
+ATTEMPTS = 2  # a process that is killed is started once more: it goes on from its checkpoint
+
+State = Literal["started", "running", "done", "failed", "busy"]
+
+
+@dataclass(frozen=True)
+class Event:
+    """What happened to one task. ``task``: an index into the list that was given."""
+
+    task: int
+    state: State
+    epoch: int = 0
+    epochs: int = 0
+    accuracy: float | None = None
+    reason: str = ""
+
+
+Listener = Callable[[Event], None]
+
+
+@dataclass(frozen=True)
+class TeacherTask:
+    """One teacher to be trained."""
+
+    dataset: str
+    spec: TeacherSpec
+    precision: Literal["fp32", "bf16"]
+
+
+@dataclass
+class _Worker:
+    process: BaseProcess
+    connection: Connection
+    task: int
+    slot: int
+    error: str = ""
+    ended: bool = False
+
+
+def run_jobs(jobs: Sequence[Job], place: Place, devices: Sequence[str], listen: Listener) -> list[Record | None]:
+    """Run jobs, ``len(devices)`` at a time, each on a device of its own. None: another process has that run.
+
+    Raises ``UserError`` as soon as a job needs something that the user must put right.
+    """
+    endings = _all(jobs, _run_child, place, devices, listen)
+    records: list[Record | None] = []
+    for job, ending in zip(jobs, endings, strict=True):
+        path = record_path(place.output, job)
+        if ending == "busy":
+            records.append(None)
+        elif path.is_file():
+            records.append(read(path))
+        else:  # the process died without a word, twice
+            record = failed(job, plugins.discover(place.plugin_files), ending)
+            write(place.output, record)
+            records.append(record)
+    return records
+
+
+def train_teachers(tasks: Sequence[TeacherTask], place: Place, devices: Sequence[str], listen: Listener) -> None:
+    """Train teachers, each in a process of its own; a failure is a ``UserError``."""
+    for task, ending in zip(tasks, _all(tasks, _teacher_child, place, devices, listen), strict=True):
+        if ending:
+            raise UserError(f"teacher {task.spec.model} for {task.dataset} could not be trained: {ending}")
+
+
+def _all(
+    tasks: Sequence[Any], child: Callable[..., None], place: Place, devices: Sequence[str], listen: Listener
+) -> list[str]:
+    """Work through ``tasks``; returns for each "" or how it ended otherwise ("busy", a reason)."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["dfkd_bench.run"])
+    waiting = deque((index, 1) for index in range(len(tasks)))
+    attempts = dict.fromkeys(range(len(tasks)), 0)
+    free = list(range(len(devices)))
+    endings = [""] * len(tasks)
+    running: list[_Worker] = []
+    try:
+        while waiting or running:
+            while waiting and free:
+                index, attempt = waiting.popleft()
+                slot = free.pop(0)
+                attempts[index] = attempt
+                here, there = context.Pipe(duplex=False)
+                process = context.Process(
+                    target=child, args=(tasks[index], replace(place, device=devices[slot]), there), daemon=True
+                )
+                process.start()
+                there.close()
+                running.append(_Worker(process, here, index, slot))
+                listen(Event(index, "started"))
+            _wait(running, listen)
+            for worker in [worker for worker in running if worker.ended]:
+                worker.process.join()
+                running.remove(worker)
+                free.append(worker.slot)
+                code = worker.process.exitcode or 0
+                if worker.error.startswith("user:"):
+                    raise UserError(worker.error.removeprefix("user:"))
+                if worker.error == "busy":
+                    endings[worker.task] = "busy"
+                    listen(Event(worker.task, "busy"))
+                elif worker.error or code:
+                    reason = worker.error or _died(code)
+                    if not worker.error and attempts[worker.task] < ATTEMPTS:
+                        waiting.appendleft((worker.task, attempts[worker.task] + 1))
+                        continue
+                    endings[worker.task] = reason
+                    listen(Event(worker.task, "failed", reason=reason))
+                else:
+                    listen(Event(worker.task, "done"))
+    finally:
+        _stop(running)
+    return endings
+
+
+def _wait(running: list[_Worker], listen: Listener) -> None:
+    """Wait for the next message of any worker and pass it on."""
+    ready = multiprocessing.connection.wait([worker.connection for worker in running], timeout=1.0)
+    for worker in running:
+        if worker.connection not in ready:
+            continue
+        try:
+            kind, value = worker.connection.recv()
+        except (EOFError, OSError):  # the process has ended, one way or another
+            worker.ended = True
+            continue
+        if kind == "epoch":
+            epoch, epochs, accuracy = value
+            listen(Event(worker.task, "running", epoch, epochs, accuracy))
+        else:
+            worker.error = value
+
+
+def _stop(running: list[_Worker]) -> None:
+    """End what still runs: its state is in its folder."""
+    for worker in running:
+        worker.process.terminate()
+    deadline = time.monotonic() + 5
+    for worker in running:
+        worker.process.join(max(0.1, deadline - time.monotonic()))
+        if worker.process.is_alive():
+            worker.process.kill()
+            worker.process.join()
+
+
+def _died(code: int) -> str:
+    if code < 0:
+        name = signal.Signals(-code).name
+        hint = " (out of memory?)" if name == "SIGKILL" else ""
+        return f"the process was ended by {name}{hint}"
+    return f"the process ended with exit code {code}"
+
+
+# -- in the child ---------------------------------------------------------------------------------------------------
+
+
+def _run_child(job: Job, place: Place, connection: Connection) -> None:
+    from dfkd_bench.run import run
+    from dfkd_bench.runfolder import Busy
+
+    def work() -> None:
+        try:
+            record = run(job, place, lambda done: connection.send(("epoch", (done.epoch, done.epochs, done.accuracy))))
+        except Busy:
+            connection.send(("error", "busy"))
+            return
+        if record.status == "failed":
+            connection.send(("error", record.reason or "failed"))
+
+    _guarded(work, connection)
+
+
+def _teacher_child(task: TeacherTask, place: Place, connection: Connection) -> None:
+    from dfkd_bench import data, teachers
+    from dfkd_bench.compute import Compute, resolve_device, set_threads
+
+    def work() -> None:
+        set_threads(place.threads)
+        found = plugins.discover(place.plugin_files)
+        dataset = data.dataset(task.dataset, place.data_root, found.datasets)
+        compute = Compute(resolve_device(place.device), task.precision)
+        teachers.train(
+            dataset,
+            task.spec,
+            compute,
+            place.data_root,
+            found.models,
+            lambda progress: connection.send(("epoch", (progress.epoch, progress.epochs, None))),
+        )
+
+    _guarded(work, connection)
+
+
+def _guarded(work: Callable[[], None], connection: Connection) -> None:
+    """Nothing that goes wrong in a child may print a traceback between the parent's progress bars."""
+    try:
+        work()
+    except UserError as error:
+        connection.send(("error", f"user:{error}"))
+    except KeyboardInterrupt:
+        pass
+    except Exception as error:
+        connection.send(("error", f"{type(error).__name__}: {error}"))
+    finally:
+        connection.close()
+
+
+def default_devices(device: str, workers: int | None, jobs: Sequence[Job]) -> tuple[list[str], int]:
+    """Devices of the slots, and threads a process.
+
+    GPUs: one slot each (all of them for ``auto`` and ``cuda``). CPU: ``smoke`` jobs are small nets that gain little
+    from a second thread (24.5 -> 17.8 ms a step on digits), so each gets one thread and there are as many at a time as
+    there are cores; with one thread the numbers do not depend on the machine's core count, either. Other jobs run one
+    at a time on all cores.
+    """
+    import torch
+
+    from dfkd_bench.compute import resolve_device
+
+    resolved = resolve_device(device)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if resolved.type == "cuda":
+        indices = range(torch.cuda.device_count()) if device in ("auto", "cuda") else [resolved.index]
+        slots = [f"cuda:{index}" for index in indices]
+        if workers is not None:
+            slots = [slots[number % len(slots)] for number in range(workers)]
+        return slots, max(1, cores // len(slots))
+    small = all(job.protocol == "smoke" for job in jobs)
+    count = workers or (max(1, min(cores, len(jobs))) if small else 1)
+    return ["cpu"] * count, 1 if small else max(1, cores // count)
+
+
+def output_is_writable(output: Path) -> None:
+    """Fail before the work, not after it."""
+    import tempfile
+
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=output) as file:
+            file.write(b"x" * 4096)
+            file.flush()
+    except OSError as error:
+        raise UserError(f"can't write to --output {output}: {error.strerror or error}") from None

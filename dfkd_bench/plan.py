@@ -1,0 +1,145 @@
+"""What a suite still needs, and doing it: data, embeddings, teachers, runs, in this order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from dfkd_bench import data, record, teachers, text
+from dfkd_bench.engines import local
+from dfkd_bench.errors import UserError
+from dfkd_bench.job import PROTOCOL_VERSION, Job, TeacherSpec
+from dfkd_bench.plugins import Plugins
+from dfkd_bench.record import Record
+from dfkd_bench.run import Place
+from dfkd_bench.runfolder import RunFolder, lease_is_stale
+from dfkd_bench.suite import Suite, expand
+
+JobState = Literal["new", "interrupted", "running", "done", "failed", "stale"]
+"""``interrupted``: goes on from its checkpoint. ``stale``: done, but the method's source has changed since."""
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A job and where it stands; ``record`` if there is one."""
+
+    job: Job
+    state: JobState
+    record: Record | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All jobs of a suite with their states, and the teachers that must be trained first."""
+
+    suite: Suite
+    planned: tuple[Planned, ...]
+    missing_teachers: tuple[TeacherSpec, ...]
+
+    def to_run(self, rerun: Sequence[str] = ()) -> list[Job]:
+        """Jobs that are not done; with ``rerun`` also those that failed or are stale."""
+        wanted = {"new", "interrupted", "running", *rerun}
+        return [planned.job for planned in self.planned if planned.state in wanted]
+
+    def records(self) -> list[Record]:
+        """The records at hand."""
+        return [planned.record for planned in self.planned if planned.record is not None]
+
+
+def make_plan(
+    suite: Suite,
+    found: Plugins,
+    output: Path,
+    data_root: Path | None = None,
+    device: str = "auto",
+    precision: Literal["auto", "fp32", "bf16"] = "auto",
+) -> Plan:
+    """Look at what is there; nothing is started."""
+    dataset = data.dataset(suite.dataset, data_root, found.datasets)
+    jobs = expand(suite, found, dataset, device, precision)
+    hashes = {name: found.source(name).source_sha256() for name in {job.method for job in jobs}}
+    planned = tuple(_where_it_stands(job, output, hashes[job.method]) for job in jobs)
+    specs = dict.fromkeys(item.job.teacher.model_dump_json() for item in planned if item.state not in ("done", "stale"))
+    missing = tuple(
+        spec for spec in map(TeacherSpec.model_validate_json, specs) if not teachers.is_at_hand(dataset, spec)
+    )
+    return Plan(suite, planned, missing)
+
+
+def _where_it_stands(job: Job, output: Path, source_sha256: str) -> Planned:
+    path = record.record_path(output, job)
+    if path.is_file():
+        found = record.read(path)
+        if found.status == "failed":
+            return Planned(job, "failed", found)
+        fresh = found.method.source_sha256 == source_sha256 and found.job.protocol_version == PROTOCOL_VERSION
+        return Planned(job, "done" if fresh else "stale", found)
+    folder = RunFolder(job)
+    lease = folder.path / "lease"
+    if lease.exists() and not lease_is_stale(lease):
+        return Planned(job, "running")
+    return Planned(job, "interrupted" if folder.has_checkpoint else "new")
+
+
+@dataclass(frozen=True)
+class Step:
+    """Reported while a plan is carried out. ``index`` counts within the stage."""
+
+    stage: Literal["data", "embeddings", "teachers", "runs"]
+    label: str
+    index: int
+    count: int
+    event: local.Event | None = None
+
+
+def carry_out(
+    plan: Plan,
+    found: Plugins,
+    place: Place,
+    devices: Sequence[str],
+    rerun: Sequence[str] = (),
+    report: Callable[[Step], None] = lambda step: None,
+) -> list[Record]:
+    """Do what is left; returns all records of the plan, old and new. Jobs that run elsewhere have none yet."""
+    jobs = plan.to_run(rerun)
+    if jobs:
+        local.output_is_writable(place.output)
+        dataset = data.dataset(plan.suite.dataset, place.data_root, found.datasets)
+        _needs_are_met(jobs, found, dataset, report)
+        report(Step("data", dataset.name, 0, 1))
+        for split in data.SPLITS:
+            dataset.split(split, place.data_root)
+        tasks = [local.TeacherTask(dataset.name, spec, jobs[0].precision) for spec in plan.missing_teachers]
+        local.train_teachers(tasks, place, devices, _listener("teachers", [_name(task.spec) for task in tasks], report))
+        for job in jobs:  # a record that is made anew must not be taken for the old one if the run dies
+            record.record_path(place.output, job).unlink(missing_ok=True)
+        labels = [f"{job.method} seed {job.seed}" for job in jobs]
+        local.run_jobs(jobs, place, devices, _listener("runs", labels, report))
+    paths = [record.record_path(place.output, item.job) for item in plan.planned]
+    return [record.read(path) for path in paths if path.is_file()]
+
+
+def _needs_are_met(jobs: Sequence[Job], found: Plugins, dataset: data.DataSet, report: Callable[[Step], None]) -> None:
+    """Label-text embeddings are made here, so that no text encoder is ever imported in a run."""
+    wanted: dict[tuple[str, str, str], None] = {}
+    for job in jobs:
+        if "label_text" in found.method(job.method).needs:
+            wanted[(job.method, job.config["encoder"], job.config["prompt"])] = None
+    for index, (method, encoder, prompt) in enumerate(wanted):
+        report(Step("embeddings", encoder, index, len(wanted)))
+        try:
+            text.ensure(dataset.name, dataset.class_names, encoder, prompt)
+        except UserError as error:
+            raise UserError(f"{method}: {error}") from None
+
+
+def _name(spec: TeacherSpec) -> str:
+    return f"teacher {spec.model}"
+
+
+def _listener(
+    stage: Literal["teachers", "runs"], labels: Sequence[str], report: Callable[[Step], None]
+) -> local.Listener:
+    return lambda event: report(Step(stage, labels[event.task], event.task, len(labels), event))

@@ -1,0 +1,260 @@
+"""Names and classes of methods, and of plugins' data sets, models and text encoders. The only module that loads them.
+
+Three ways, no decorators, no side effects on import:
+
+1. files in the built-in folder ``dfkd_bench.methods`` whose names have no leading underscore;
+2. entry points in the groups ``dfkd_bench.methods``, ``.datasets``, ``.models``, ``.encoders``;
+3. one file by path (``--plugin FILE``): it defines one ``Method`` subclass (the method's name is the file's stem)
+   and/or ``DATASETS``, ``MODELS``, ``ENCODERS``, dictionaries by name.
+
+Names are known without importing, so that listing stays fast; a clash names both origins.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import importlib
+import importlib.metadata
+import importlib.util
+import inspect
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from dfkd_bench import __version__
+from dfkd_bench.errors import UserError, unknown
+
+if TYPE_CHECKING:
+    from dfkd_bench.method import Method
+
+METHODS_PACKAGE = "dfkd_bench.methods"
+GROUPS = ("methods", "datasets", "models", "encoders")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where one method comes from: ``kind`` is built-in, entry point or file."""
+
+    name: str
+    kind: str
+    path: Path | None  # the source file, where it can be told without importing
+    module: str  # to be imported ("" for a file)
+    attribute: str | None = None  # entry points may name the class
+    distribution: str = "dfkd-bench"
+    version: str = __version__
+
+    def describe(self) -> str:
+        """For messages and records."""
+        where = f" {self.path}" if self.kind == "file" else f" of {self.distribution}"
+        return self.kind + where
+
+    def card(self) -> dict[str, Any]:
+        """The literal ``CARD`` of the source file, read without importing; empty if there is none."""
+        if self.path is None:
+            return {}
+        try:
+            tree = ast.parse(self.path.read_text(encoding="utf-8"))
+        except (OSError, SyntaxError, UnicodeDecodeError):
+            return {}
+        for node in tree.body:
+            if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id == "CARD":
+                try:
+                    card = ast.literal_eval(node.value)
+                except ValueError:
+                    return {}
+                return card if isinstance(card, dict) else {}
+        return {}
+
+    def source_sha256(self) -> str:
+        """Hash of the source without comments, docstrings and layout: what could change a result."""
+        if self.path is None:
+            return ""
+        tree = ast.parse(self.path.read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            body = getattr(node, "body", None)
+            if isinstance(body, list) and body and isinstance(body[0], ast.Expr):
+                value = body[0].value
+                if isinstance(value, ast.Constant) and isinstance(value.value, str):
+                    body[0] = ast.Expr(ast.Constant(...))
+        return hashlib.sha256(ast.unparse(tree).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Plugins:
+    """Everything that can be named. ``broken`` holds a line for each plugin that could not be read."""
+
+    methods: Mapping[str, Source]
+    datasets: Mapping[str, Any] = field(default_factory=dict)
+    models: Mapping[str, Any] = field(default_factory=dict)
+    encoders: Mapping[str, Any] = field(default_factory=dict)
+    files: tuple[Path, ...] = ()
+    broken: Mapping[str, str] = field(default_factory=dict)
+
+    def source(self, name: str) -> Source:
+        """The source of a method; a misspelt name gets the nearest one."""
+        if name not in self.methods:
+            raise unknown("method", name, self.methods, "`dfkd-bench list methods` shows them")
+        return self.methods[name]
+
+    def method(self, name: str) -> type[Method]:
+        """The class of a method: its module is imported now."""
+        source = self.source(name)
+        return _method_class(_import(source), source)
+
+
+def discover(files: Sequence[Path] = ()) -> Plugins:
+    """Find all plugins; those of ``files`` are imported at once, for their other kinds of names."""
+    methods: dict[str, Source] = {}
+    found: dict[str, dict[str, Any]] = {group: {} for group in GROUPS[1:]}
+    broken: dict[str, str] = {}
+    for source in _built_in() + _entry_points():
+        _put(methods, source)
+    for group in found:
+        for entry in importlib.metadata.entry_points(group=f"dfkd_bench.{group}"):
+            try:
+                found[group][entry.name] = entry.load()
+            except Exception as error:  # a foreign package may raise anything; it becomes a line, not a crash
+                broken[entry.name] = f"{group} plugin '{entry.name}' ({entry.value}) fails to import: {_line(error)}"
+    for path in files:
+        module = _import_file(path)
+        if _method_classes(module):
+            _put(methods, _file_source(path))
+        for group in found:
+            for name, value in getattr(module, group.upper(), {}).items():
+                if name in found[group] or name in _built_in_names(group):
+                    raise UserError(f"there is a {group[:-1]} '{name}' already: rename the one in {path}")
+                found[group][name] = value
+    return Plugins(methods, files=tuple(path.resolve() for path in files), broken=broken, **found)
+
+
+def method_file(path: Path) -> Source:
+    """The source of the method in one file."""
+    module = _import_file(path)
+    if not _method_classes(module):
+        raise UserError(f"{path} defines no subclass of dfkd_bench.method.Method")
+    return _file_source(path)
+
+
+def _built_in_names(group: str) -> Sequence[str]:
+    from dfkd_bench.data import dataset_names
+    from dfkd_bench.models import model_names
+    from dfkd_bench.text import encoder_names
+
+    return {"datasets": dataset_names, "models": model_names, "encoders": encoder_names}[group]()
+
+
+def _built_in() -> list[Source]:
+    spec = importlib.util.find_spec(METHODS_PACKAGE)
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(
+            f"the package {METHODS_PACKAGE} is not there: install dfkd-bench (`python -m pip install -e .`)"
+        )
+    folders = [Path(folder) for folder in spec.submodule_search_locations]
+    return [
+        Source(path.stem, "built-in", path, f"{METHODS_PACKAGE}.{path.stem}")
+        for folder in folders
+        for path in sorted(folder.glob("*.py"))
+        if not path.stem.startswith("_")
+    ]
+
+
+def _entry_points() -> list[Source]:
+    sources = []
+    for entry in importlib.metadata.entry_points(group="dfkd_bench.methods"):
+        distribution = entry.dist
+        sources.append(
+            Source(
+                entry.name,
+                "entry point",
+                _path_of(entry.module),
+                entry.module,
+                entry.attr or None,
+                distribution.name if distribution else "unknown",
+                distribution.version if distribution else "unknown",
+            )
+        )
+    return sources
+
+
+def _path_of(module: str) -> Path | None:
+    try:
+        spec = importlib.util.find_spec(module)
+    except Exception:  # find_spec imports parent packages, which may fail in any way
+        return None
+    return Path(spec.origin) if spec and spec.origin else None
+
+
+def _put(methods: dict[str, Source], source: Source) -> None:
+    other = methods.get(source.name)
+    if other is not None:
+        raise UserError(f"two methods are called '{source.name}': {other.describe()} and {source.describe()}")
+    methods[source.name] = source
+
+
+def _file_source(path: Path) -> Source:
+    return Source(path.stem, "file", path.resolve(), "", None, "none", "none")
+
+
+def _import(source: Source) -> ModuleType:
+    if source.kind == "file":
+        assert source.path is not None
+        return _import_file(source.path)
+    try:
+        return importlib.import_module(source.module)
+    except Exception as error:
+        raise UserError(f"method '{source.name}' ({source.describe()}) fails to import: {_line(error)}") from error
+
+
+def _import_file(path: Path) -> ModuleType:
+    path = path.resolve()
+    if not path.is_file():
+        raise UserError(f"there is no plugin file {path}")
+    name = f"dfkd_bench_plugin_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise UserError(f"{path} is no Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[name]
+        raise UserError(f"plugin {path} fails to import: {_line(error)}") from error
+    return module
+
+
+def _method_classes(module: ModuleType) -> list[type[Method]]:
+    from dfkd_bench.method import Method
+
+    return [
+        value
+        for value in vars(module).values()
+        if inspect.isclass(value)
+        and issubclass(value, Method)
+        and value.__module__ == module.__name__
+        and not inspect.isabstract(value)
+    ]
+
+
+def _method_class(module: ModuleType, source: Source) -> type[Method]:
+    classes = _method_classes(module)
+    if source.attribute is not None:
+        classes = [value for value in classes if value.__name__ == source.attribute]
+    if len(classes) != 1:
+        names = ", ".join(value.__name__ for value in classes) or "none"
+        raise UserError(
+            f"method '{source.name}' ({source.describe()}): expected one subclass of dfkd_bench.method.Method that "
+            f"defines synthesize, found {names}"
+        )
+    return classes[0]
+
+
+def _line(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0] if text else ''}"

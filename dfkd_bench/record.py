@@ -1,0 +1,212 @@
+"""A record: what one job came to, written once, atomically, and never edited."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import os
+import platform
+import subprocess
+import uuid
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, ValidationError
+
+from dfkd_bench import __version__
+from dfkd_bench.errors import UserError
+from dfkd_bench.job import Job
+from dfkd_bench.method import Frozen
+
+SCHEMA_VERSION = 1
+
+Status = Literal["done", "failed", "unsupported"]
+"""``done``: all epochs ran, however bad the student. ``failed``: an error. ``unsupported``: the method says no."""
+
+
+Outcome = Literal["ok", "not finite", "collapsed"]
+"""Of a run that is done: ``not finite``: the loss became NaN or infinite; ``collapsed``: last accuracy below 1.5 times
+chance. Both are results and stay in the table."""
+
+
+class Point(Frozen):
+    """One epoch of a curve: accuracy [%] on held-out images, mean student loss, headline seconds so far."""
+
+    epoch: int
+    accuracy: float
+    loss: float | None  # None: not finite
+    seconds: float
+
+
+class Score(Frozen):
+    """Accuracy, agreement with the teacher and expected calibration error, all in percent."""
+
+    accuracy: float
+    agreement: float | None = None
+    calibration: float | None = None
+    epoch: int
+
+
+class TeacherFacts(Frozen):
+    """The teacher a run had: accuracy [%] on the run's held-out images, SHA-256 of the weights, where from."""
+
+    model: str
+    accuracy: float
+    sha256: str
+    origin: str
+
+
+class MethodFacts(Frozen):
+    """Whose code ran: built-in, an entry point or a file; distribution, version, hash of the source."""
+
+    origin: str
+    distribution: str
+    version: str
+    source_sha256: str
+    confirmed: bool = True  # False: parts of the method are our reading, see its docstring
+
+
+class Counters(Frozen):
+    """Counted by the runner, not by the method."""
+
+    images_made: int = 0  # images handed to the pool
+    teacher_images: int = 0  # images passed through the teacher with gradient: the generation cost
+    generator_steps: int = 0  # batches passed through the teacher with gradient
+    student_steps: int = 0
+    student_images: int = 0  # rows of all student batches
+    extra_rows: int = 0  # rows of student batches beyond the schedule's batch size (replay and the like)
+
+
+class DataFile(Frozen):
+    """A data file that was opened during a run. ``phase``: ``method`` or ``runner`` (evaluation, controls' data)."""
+
+    path: str
+    phase: str
+
+
+class Record(Frozen):
+    """Everything about one run. ``last`` is the headline; ``best`` is the best epoch *on the evaluated split*."""
+
+    schema_version: int = SCHEMA_VERSION
+    job_id: str
+    job: Job
+    status: Status
+    reason: str | None = None  # why it failed, is unsupported, or what went wrong with the student
+    outcome: Outcome | None = None
+    method: MethodFacts
+    knowledge: str  # outside knowledge used
+    teacher: TeacherFacts | None = None
+    curve: tuple[Point, ...] = ()
+    last: Score | None = None
+    best: Score | None = None
+    seconds: dict[str, float] = {}
+    counters: Counters = Counters()
+    peak_memory: int | None = Field(None, description="bytes: GPU allocator, or resident memory on the CPU")
+    scalars: dict[str, float | None] = {}  # the method's own, last epoch's mean
+    files: tuple[DataFile, ...] = ()
+    embeddings: dict[str, str] = {}  # encoder, model, revision, prompt, sha256 of the label-text embedding
+    hardware: dict[str, str | int] = {}
+    software: dict[str, str] = {}
+    git: dict[str, str | bool] = {}
+    resumes: int = 0
+    started: str = ""
+    finished: str = ""
+
+    @property
+    def total_seconds(self) -> float:
+        """Headline time: all phases but evaluation."""
+        return sum(value for name, value in self.seconds.items() if name != "evaluation")
+
+
+def record_path(output: Path, job: Job) -> Path:
+    """``OUTPUT/records/<data set>/<method>/<job id>.json``."""
+    return output / "records" / safe_name(job.dataset) / safe_name(job.method) / f"{job.id}.json"
+
+
+def safe_name(name: str) -> str:
+    """A data set's or method's name as a folder name (``folder:/a/b`` has signs that a folder can't have)."""
+    return "".join(sign if sign.isalnum() or sign in "._-" else "_" for sign in name).strip("_")
+
+
+def write(output: Path, record: Record) -> Path:
+    """Write a record atomically; returns its path."""
+    path = record_path(output, record.job)
+    write_text(path, record.model_dump_json(indent=1) + "\n")
+    return path
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write ``text`` so that a reader sees the old file or the whole new one, whatever happens in between."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """``write_text`` for bytes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")  # opened plainly, so that the umask decides
+    try:
+        with temporary.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def read(path: Path) -> Record:
+    """Read one record; a damaged or foreign file is a ``UserError`` that names it."""
+    try:
+        record = Record.model_validate_json(path.read_bytes())
+    except (OSError, ValidationError) as error:
+        first = str(error).splitlines()[0]
+        raise UserError(f"{path} is not a record of schema version {SCHEMA_VERSION}: {first}") from None
+    if record.schema_version != SCHEMA_VERSION:
+        raise UserError(f"{path} has schema version {record.schema_version}, this version reads {SCHEMA_VERSION}")
+    return record
+
+
+def read_all(output: Path) -> Iterator[Record]:
+    """All records below ``OUTPUT/records``, in the order of their paths."""
+    for path in sorted((output / "records").glob("*/*/*.json")):
+        yield read(path)
+
+
+def now() -> str:
+    """UTC, to the second."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+@cache
+def software() -> dict[str, str]:
+    """Versions that a result may depend on."""
+    versions = {"dfkd-bench": __version__, "python": platform.python_version(), "platform": platform.platform()}
+    for name in ("torch", "torchvision", "numpy"):
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    return versions
+
+
+@cache
+def git_state() -> dict[str, str | bool]:
+    """Commit and dirty flag of the checkout that this package was loaded from; empty for an installed wheel."""
+    here = Path(__file__).resolve().parent
+    try:
+        top = _git(here, "rev-parse", "--show-toplevel")
+        if not _git(here, "ls-files", "--", __file__):
+            return {}
+        # Records and tables under results/ are output: they don't make the code dirty.
+        changed = _git(here, "-C", top, "status", "--porcelain", "--", ".", ":!results")
+        return {"commit": _git(here, "rev-parse", "HEAD"), "dirty": bool(changed)}
+    except (OSError, subprocess.SubprocessError):
+        return {}
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=10, check=True)
+    return done.stdout.strip()

@@ -1,0 +1,436 @@
+"""Run one job: the one loop of the suite, with checkpoint and resume. It names no method and no data set."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from dfkd_bench import data, plugins, record, teachers, text
+from dfkd_bench.augment import Normalize, random_crop_flip
+from dfkd_bench.checkpoint import random_state, restore_random_state, seed_everything
+from dfkd_bench.clock import Clock, peak_memory, total
+from dfkd_bench.compute import Compute, hardware, resolve_device, set_threads
+from dfkd_bench.errors import UserError
+from dfkd_bench.evaluate import evaluate, logits_of
+from dfkd_bench.job import Job
+from dfkd_bench.method import LabelledImages, Method, Progress, Task
+from dfkd_bench.models import build_model
+from dfkd_bench.optimise import build_optimizer, learning_rate, set_learning_rate
+from dfkd_bench.paths import home
+from dfkd_bench.pool import Pool
+from dfkd_bench.record import Counters, DataFile, MethodFacts, Outcome, Point, Record, Score, TeacherFacts
+from dfkd_bench.runfolder import RunFolder
+from dfkd_bench.watch import FileWatch
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where and with what a job is run: nothing in here changes its result."""
+
+    output: Path
+    data_root: Path | None = None
+    plugin_files: tuple[Path, ...] = ()
+    device: str = "auto"
+    threads: int = 1
+    workers: int = 1
+    deterministic: bool = False
+
+
+@dataclass(frozen=True)
+class EpochDone:
+    """Reported after each epoch."""
+
+    epoch: int  # finished epochs
+    epochs: int
+    accuracy: float | None
+
+
+class NotDataFree(Exception):
+    """A method opened data files while it ran."""
+
+
+def run(job: Job, place: Place, report: Callable[[EpochDone], None] = lambda done: None) -> Record:
+    """Run ``job``, or go on with it, and write its record. An exception of the method becomes a failed record.
+
+    Raises ``Busy`` if another process has the run, ``UserError`` for what the user must put right first.
+    """
+    folder = RunFolder(job)
+    with folder.lease():
+        folder.create()
+        set_threads(place.threads)
+        found = plugins.discover(place.plugin_files)
+        started = record.now()
+        try:
+            result = _Run(job, place, found, folder).finish(report, started)
+        except (UserError, KeyboardInterrupt):
+            raise
+        except Exception as error:
+            with (folder.path / "log.txt").open("a") as log:
+                log.write(traceback.format_exc())
+            result = failed(job, found, f"{type(error).__name__}: {_first_line(error)}", started)
+        record.write(place.output, result)
+        folder.forget_checkpoint()
+    return result
+
+
+def failed(job: Job, found: plugins.Plugins, reason: str, started: str = "") -> Record:
+    """The record of a job that ended in an error: a row in the table, never a silent gap."""
+    source = found.source(job.method)
+    return Record(
+        job_id=job.id,
+        job=job,
+        status="failed",
+        reason=reason,
+        method=_method_facts(source),
+        knowledge=source.card().get("knowledge", "not stated"),
+        software=record.software(),
+        git=record.git_state(),
+        started=started,
+        finished=record.now(),
+    )
+
+
+def stream_seed(seed: int, name: str) -> int:
+    """The seed of one random stream of a run. It depends on the seed and the stream's name alone, so that all
+    methods start from the same student at the same seed: seeds are paired."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:6], "big")
+
+
+@dataclass
+class _Counts:
+    """The mutable side of ``Counters``."""
+
+    teacher_images: int = 0
+    generator_steps: int = 0
+    student_steps: int = 0
+    student_images: int = 0
+    extra_rows: int = 0
+
+
+@dataclass
+class _Bench:
+    """What a run is made of, once everything is loaded."""
+
+    method: Method
+    student: nn.Module
+    optimizer: torch.optim.Optimizer
+    pool: Pool
+    streams: dict[str, torch.Generator]
+    counts: _Counts
+    scalars: dict[str, Tensor] = field(default_factory=dict)
+
+
+class _Run:
+    """One run in progress. The order of the functions is the order of the loop."""
+
+    def __init__(self, job: Job, place: Place, found: plugins.Plugins, folder: RunFolder) -> None:
+        self.job, self.place, self.found, self.folder = job, place, found, folder
+        self.device = resolve_device(place.device)
+        self.compute = Compute(self.device, job.precision)
+        self.clock = Clock(self.device)
+        if place.deterministic and self.device.type == "cuda":
+            torch.use_deterministic_algorithms(True, warn_only=True)
+            torch.backends.cudnn.benchmark = False
+        self.dataset = data.dataset(job.dataset, place.data_root, found.datasets)
+        self.teacher = teachers.load(self.dataset, job.teacher, self.device, found.models)
+        self.compute.place(self.teacher.model)
+        self.normalize = Normalize(self.dataset.mean, self.dataset.std, self.device)
+        self.held_out = teachers.labelled(self.dataset, (job.evaluate_on,), place.data_root, self.device)
+        self.watch = FileWatch([self.dataset.folder, home() / "data"], ignored=[folder.path, place.output])
+        self.embeddings: dict[str, str] = {}
+        self.curve: list[Point] = []
+        self.best: Score | None = None
+        self.last: Score | None = None
+        self.resumes = 0
+        self.outcome: Outcome | None = None
+
+    def finish(self, report: Callable[[EpochDone], None], started: str) -> Record:
+        """All that is left of the run."""
+        source = self.found.source(self.job.method)
+        method_class = self.found.method(self.job.method)
+        config = method_class.Config(**self.job.config)
+        streams = {
+            name: torch.Generator(self.device).manual_seed(stream_seed(self.job.seed, name))
+            for name in ("pool", "augment", "method")
+        }
+        with self.watch.on():
+            task = self._task(method_class, streams)
+            reason = self._unsupported(method_class, config, task)
+            if reason is None:
+                bench = self._set_up(method_class, config, task, streams)
+                epoch = self._resume(bench)
+                self._train(bench, epoch, report)
+                self._refuse_data_files(method_class)
+                student = {name: tensor.cpu().contiguous() for name, tensor in bench.student.state_dict().items()}
+                record.write_bytes(self.folder.path / "student.safetensors", safetensors.torch.save(student))
+        return Record(
+            job_id=self.job.id,
+            job=self.job,
+            status="done" if reason is None else "unsupported",
+            reason=reason,
+            outcome=self.outcome,
+            method=_method_facts(source),
+            knowledge=method_class.outside_knowledge(config) or source.card().get("knowledge", "not stated"),
+            teacher=TeacherFacts(
+                model=self.teacher.card.model,
+                accuracy=self.teacher.card.accuracy.get(self.job.evaluate_on, math.nan),
+                sha256=self.teacher.card.sha256,
+                origin=self.teacher.card.origin,
+            ),
+            curve=tuple(self.curve),
+            last=self.last,
+            best=self.best,
+            seconds={name: round(value, 4) for name, value in self.clock.settle().items()},
+            counters=Counters(images_made=bench.pool.made, **vars(bench.counts)) if reason is None else Counters(),
+            peak_memory=peak_memory(self.device),
+            scalars={name: _finite(value.item()) for name, value in bench.scalars.items()} if reason is None else {},
+            files=tuple(DataFile(path=self._public(path), phase=phase) for path, phase in self.watch.files),
+            embeddings=self.embeddings,
+            hardware=hardware(self.device, self.place.workers),
+            software=record.software(),
+            git=record.git_state(),
+            resumes=self.resumes,
+            started=started,
+            finished=record.now(),
+        )
+
+    # -- before the loop ------------------------------------------------------------------------------------------
+
+    def _task(self, method_class: type[Method], streams: dict[str, torch.Generator]) -> Task:
+        padding, flip = self.dataset.image_shape[1] // 8, self.dataset.flip_keeps_class
+        augment_stream = streams["augment"]
+        return Task(
+            teacher=self.teacher.model,
+            teach=self._teach,
+            num_classes=self.dataset.num_classes,
+            class_names=tuple(self.dataset.class_names),
+            image_shape=self.dataset.image_shape,
+            device=self.device,
+            normalize=self.normalize,
+            augment=lambda images: random_crop_flip(images, padding, flip, augment_stream),
+            flip_keeps_class=flip,
+            crop_padding=padding,
+            rng=streams["method"],
+            label_embeddings=self._label_embeddings,
+            training_data=self._training_data() if "training_data" in method_class.needs else None,
+        )
+
+    def _training_data(self) -> LabelledImages:
+        splits = teachers.training_splits(self.job.teacher)
+        return teachers.labelled(self.dataset, splits, self.place.data_root, self.device)
+
+    def _label_embeddings(self, encoder: str, prompt: str) -> Tensor:
+        loaded = text.load(self.dataset.name, self.dataset.class_names, encoder, prompt)
+        self.embeddings = loaded.facts()
+        return torch.as_tensor(loaded.matrix, dtype=torch.float32, device=self.device)
+
+    @torch.no_grad()
+    def _teach(self, images: Tensor) -> Tensor:
+        with self.compute.autocast():
+            logits: Tensor = self.teacher.model(images)
+        return logits.float()
+
+    def _unsupported(self, method_class: type[Method], config: Any, task: Task) -> str | None:
+        has_batchnorm = any(isinstance(module, nn.BatchNorm2d) for module in self.teacher.model.modules())
+        if "batchnorm" in method_class.needs and not has_batchnorm:
+            return f"teacher {self.job.teacher.model} has no BatchNorm2d layer"
+        return method_class.unsupported(config, task)
+
+    def _set_up(
+        self, method_class: type[Method], config: Any, task: Task, streams: dict[str, torch.Generator]
+    ) -> _Bench:
+        schedule = self.job.schedule
+        seed_everything(stream_seed(self.job.seed, "student"))
+        student = build_model(
+            self.job.student, self.dataset.num_classes, self.dataset.image_shape[0], self.found.models
+        )
+        student = self.compute.place(student)
+        optimizer = build_optimizer(student.parameters(), schedule)
+        pool = Pool(self.dataset.image_shape, self.device, streams["pool"], schedule.pool_cap)
+        seed_everything(stream_seed(self.job.seed, "global"))
+        with self.clock.phase("setup"), self.watch.method():
+            method = method_class(config, task)
+        counts = _Counts()
+        _count_gradient_passes(self.teacher.model, counts)
+        return _Bench(method, student, optimizer, pool, streams, counts)
+
+    # -- the loop -------------------------------------------------------------------------------------------------
+
+    def _train(self, bench: _Bench, first: int, report: Callable[[EpochDone], None]) -> None:
+        schedule = self.job.schedule
+        with self.clock.phase("evaluation"), self.compute.autocast():
+            teacher_classes = logits_of(self.teacher.model, self.held_out.images, self.normalize).argmax(dim=1)
+        report(EpochDone(first, schedule.epochs, None))
+        for epoch in range(first, schedule.epochs):
+            losses = torch.zeros((), device=self.device)
+            trained = max(0, epoch - schedule.warmup_epochs)  # finished epochs with a student phase
+            set_learning_rate(bench.optimizer, learning_rate(schedule, trained))
+            for round_ in range(schedule.rounds_per_epoch):
+                at = Progress(epoch, round_, schedule.epochs, schedule.warmup_epochs)
+                self._synthesis_phase(bench, at)
+                if not at.warming_up:
+                    losses += self._student_phase(bench, at)
+            seconds = self.clock.settle()
+            if epoch >= schedule.warmup_epochs:
+                mean_loss = _finite(losses.item() / (schedule.rounds_per_epoch * schedule.student_steps))
+                self._evaluate(bench, epoch, mean_loss, total(seconds), teacher_classes)
+            report(EpochDone(epoch + 1, schedule.epochs, self.last.accuracy if self.last else None))
+            if self.outcome == "not finite":  # a recorded outcome: further steps can't change it
+                break
+            if epoch + 1 < schedule.epochs:
+                self._checkpoint(bench, epoch + 1)
+        if self.outcome is None:
+            assert self.last is not None
+            self.outcome = "collapsed" if self.last.accuracy < 150 / self.dataset.num_classes else "ok"
+
+    def _synthesis_phase(self, bench: _Bench, at: Progress) -> None:
+        # Parameters of the student need no gradient here: images do, through it.
+        bench.student.eval().requires_grad_(False)
+        with self.clock.phase("synthesis"):
+            with self.watch.method(), self.compute.autocast():
+                made = bench.method.synthesize(bench.student, at)
+            if made.images is not None:
+                bench.pool.add(made.images, made.extras)
+        bench.scalars = dict(made.scalars)
+        bench.student.train().requires_grad_(True)
+
+    def _student_phase(self, bench: _Bench, at: Progress) -> Tensor:
+        """The student steps of one round; returns the sum of their losses, still on the device."""
+        schedule, method, student = self.job.schedule, bench.method, bench.student
+        losses = torch.zeros((), device=self.device)
+        for _ in range(schedule.student_steps):
+            with self.clock.phase("sampling"), self.watch.method(), self.compute.autocast():
+                batch = method.student_batch(bench.pool, schedule.batch_size, at)
+            with self.clock.phase("distillation"), self.watch.method():
+                with self.compute.autocast():
+                    loss = method.student_loss(student, batch, at)
+                bench.optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                if schedule.clip_norm is not None:
+                    nn.utils.clip_grad_norm_(student.parameters(), schedule.clip_norm)
+                bench.optimizer.step()
+                method.after_student_step(student, batch, at)
+            losses += loss.detach()
+            rows = batch.images.shape[0]
+            bench.counts.student_steps += 1
+            bench.counts.student_images += rows
+            bench.counts.extra_rows += max(0, rows - schedule.batch_size)
+        return losses
+
+    def _evaluate(self, bench: _Bench, epoch: int, loss: float | None, seconds: float, teacher_classes: Tensor) -> None:
+        with self.clock.phase("evaluation"), self.compute.autocast():
+            found = evaluate(bench.student, self.held_out.images, self.held_out.labels, self.normalize, teacher_classes)
+        calibration = _finite(found.calibration)
+        self.last = Score(accuracy=found.accuracy, agreement=found.agreement, calibration=calibration, epoch=epoch)
+        if self.best is None or found.accuracy > self.best.accuracy:
+            self.best = self.last
+        self.curve.append(Point(epoch=epoch, accuracy=found.accuracy, loss=loss, seconds=round(seconds, 4)))
+        self.folder.append_metrics(self.curve[-1].model_dump())
+        if loss is None:
+            self.outcome = "not finite"
+
+    # -- between the epochs ---------------------------------------------------------------------------------------
+
+    def _checkpoint(self, bench: _Bench, epoch: int) -> None:
+        state = {
+            "epoch": epoch,
+            "student": bench.student.state_dict(),
+            "optimizer": bench.optimizer.state_dict(),
+            "method": bench.method.state_dict(),
+            "random": random_state(self.device),
+            "streams": {name: stream.get_state() for name, stream in bench.streams.items()},
+            "seconds": self.clock.settle(),
+            "counts": vars(bench.counts),
+            "curve": [point.model_dump() for point in self.curve],
+            "best": None if self.best is None else self.best.model_dump(),
+            "last": None if self.last is None else self.last.model_dump(),
+            "files": [list(pair) for pair in self.watch.files],
+            "resumes": self.resumes,
+        }
+        self.folder.save(state, bench.pool)
+
+    def _resume(self, bench: _Bench) -> int:
+        """Restore the last checkpoint, if there is one; returns the epoch to go on with."""
+        if not self.folder.has_checkpoint:
+            (self.folder.path / "metrics.jsonl").unlink(missing_ok=True)
+            return 0
+        state = self.folder.load(bench.pool)
+        bench.student.load_state_dict(state["student"])
+        bench.optimizer.load_state_dict(state["optimizer"])
+        bench.method.load_state_dict(_on(state["method"], self.device))
+        for name, stream in bench.streams.items():
+            stream.set_state(state["streams"][name])
+        bench.counts.__dict__.update(state["counts"])
+        self.curve = [Point(**point) for point in state["curve"]]
+        self.best = Score(**state["best"]) if state["best"] else None
+        self.last = Score(**state["last"]) if state["last"] else None
+        self.clock.resume(state["seconds"])
+        self.watch.recall([(path, phase) for path, phase in state["files"]])
+        self.resumes = state["resumes"] + 1
+        restore_random_state(state["random"], self.device)
+        epoch: int = state["epoch"]
+        return epoch
+
+    def _refuse_data_files(self, method_class: type[Method]) -> None:
+        opened = [path for path, phase in self.watch.files if phase == "method"]
+        if opened and "training_data" not in method_class.needs:
+            raise NotDataFree(f"the method opened data files while it ran: {', '.join(map(self._public, opened[:3]))}")
+
+    def _public(self, path: str) -> str:
+        """A path as it may stand in a record that is passed on: without the user's folders."""
+        for name, folder in (("$DFKD_BENCH_HOME", home()), ("$DFKD_BENCH_DATA", self.place.data_root)):
+            if folder is not None and path.startswith(str(folder.resolve())):
+                return name + path.removeprefix(str(folder.resolve()))
+        parts = Path(path).parts
+        return path if len(parts) <= 4 else str(Path("...", *parts[-3:]))
+
+
+def _count_gradient_passes(teacher: nn.Module, counts: _Counts) -> None:
+    """Count what goes through the teacher with gradient: the cost of generation, the same measure for all methods."""
+
+    def hook(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        images = inputs[0]
+        if torch.is_grad_enabled() and images.requires_grad:
+            counts.teacher_images += images.shape[0]
+            counts.generator_steps += 1
+
+    teacher.register_forward_pre_hook(hook)
+
+
+def _method_facts(source: plugins.Source) -> MethodFacts:
+    return MethodFacts(
+        origin=source.kind,
+        distribution=source.distribution,
+        version=source.version,
+        source_sha256=source.source_sha256(),
+        confirmed=bool(source.card().get("confirmed", True)),
+    )
+
+
+def _on(tree: Any, device: torch.device) -> Any:
+    """``tree`` with its tensors on ``device``."""
+    if isinstance(tree, Tensor):
+        return tree.to(device)
+    if isinstance(tree, dict):
+        return {key: _on(value, device) for key, value in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return type(tree)(_on(value, device) for value in tree)
+    return tree
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else ""

@@ -1,0 +1,173 @@
+"""The folder of one run: its lease, its metrics, its checkpoint. A run's state lives here and nowhere else."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from torch import Tensor
+
+from dfkd_bench.checkpoint import load_tree, save_tree
+from dfkd_bench.errors import UserError
+from dfkd_bench.job import Job
+from dfkd_bench.paths import home
+from dfkd_bench.pool import Pool
+from dfkd_bench.record import write_text
+
+HEARTBEAT = 5.0  # seconds between signs of life of a running job
+STALE = 60.0  # a lease without a sign of life for so long is taken over
+
+
+class Busy(Exception):
+    """Another process is running this job right now."""
+
+
+class RunFolder:
+    """``$DFKD_BENCH_HOME/runs/<job id>/``: job.json, metrics.jsonl, log.txt, lease, checkpoint/ and the student."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.path = home() / "runs" / job.id
+        self._checkpoint = self.path / "checkpoint"
+        self._stored = 0  # pool rows in the append-only files
+
+    @property
+    def has_checkpoint(self) -> bool:
+        """Whether there is something to go on from."""
+        return (self._checkpoint / "state.safetensors").is_file()
+
+    def create(self) -> None:
+        """Make the folder and its job.json."""
+        write_text(self.path / "job.json", self.job.model_dump_json(indent=1) + "\n")
+
+    @contextmanager
+    def lease(self) -> Iterator[None]:
+        """Hold the run exclusively; raises ``Busy`` while another living process has it."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        path = self.path / "lease"
+        mine = json.dumps({"host": socket.gethostname(), "pid": os.getpid()})
+        for _ in range(2):
+            try:
+                handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
+                break
+            except FileExistsError:
+                if not lease_is_stale(path):
+                    raise Busy(f"run {self.job.id} is being run by another process") from None
+                path.unlink(missing_ok=True)
+        else:
+            raise Busy(f"run {self.job.id} was taken by another process")
+        with os.fdopen(handle, "w") as file:
+            file.write(mine)
+        stop = threading.Event()
+
+        def beat() -> None:
+            while not stop.wait(HEARTBEAT):
+                if path.exists():
+                    os.utime(path)
+
+        thread = threading.Thread(target=beat, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join()
+            path.unlink(missing_ok=True)
+
+    def append_metrics(self, line: dict[str, Any]) -> None:
+        """One JSON line an epoch, for people and tools that look in while it runs."""
+        with (self.path / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def save(self, state: dict[str, Any], pool: Pool) -> None:
+        """Checkpoint: append the pool's new rows to their files, then replace the rest atomically.
+
+        In this order a crash in between leaves rows too many, which the next start cuts off, never too few.
+        """
+        self._checkpoint.mkdir(parents=True, exist_ok=True)
+        new = pool.made - self._stored
+        kinds = {"images": pool.images, **{f"extra-{name}": rows for name, rows in pool.extras.items()}}
+        if new:
+            kept = min(new, len(pool))  # with a cap, rows made and dropped again since the last save are not needed
+            for name, rows in kinds.items():
+                _append(self._checkpoint / f"{name}.bin", rows[len(pool) - kept :], self._stored + new - kept)
+            self._stored = pool.made
+        layout = {name: [str(rows.dtype).removeprefix("torch."), list(rows.shape[1:])] for name, rows in kinds.items()}
+        save_tree(self._checkpoint / "state.safetensors", {"state": state, "pool": pool.state_dict(), "layout": layout})
+
+    def load(self, pool: Pool) -> dict[str, Any]:
+        """The state that ``save`` got; the pool is filled. A damaged checkpoint is a ``UserError`` that names it."""
+        try:
+            saved = load_tree(self._checkpoint / "state.safetensors")
+            made, size = saved["pool"]["made"], saved["pool"]["size"]
+            rows = {
+                name: _read(self._checkpoint / f"{name}.bin", dtype, shape, made - size, size)
+                for name, (dtype, shape) in saved["layout"].items()
+            }
+            images = rows.pop("images")
+            pool.load_state_dict(
+                saved["pool"], images, {name.removeprefix("extra-"): extra for name, extra in rows.items()}
+            )
+        except (ValueError, KeyError, OSError) as error:
+            raise UserError(
+                f"the checkpoint of run {self.job.id} can't be read ({error}): delete {self.path} to start it anew"
+            ) from None
+        self._stored = made
+        state: dict[str, Any] = saved["state"]
+        return state
+
+    def forget_checkpoint(self) -> None:
+        """After the record is written."""
+        shutil.rmtree(self._checkpoint, ignore_errors=True)
+
+
+def lease_is_stale(path: Path) -> bool:
+    """Whether nobody alive holds the lease: its process is gone (same host), or its heartbeat stopped."""
+    try:
+        age = time.time() - path.stat().st_mtime
+        owner = json.loads(path.read_text() or "{}")
+    except OSError:
+        return not path.exists()
+    except ValueError:  # cut off by a crash
+        return age > STALE
+    if not owner:  # just being written
+        return age > HEARTBEAT
+    if owner.get("host") == socket.gethostname() and not psutil.pid_exists(owner["pid"]):
+        return True
+    return age > STALE
+
+
+def _append(path: Path, rows: Tensor, position: int) -> None:
+    """Write ``rows`` at row ``position`` of the file, cutting off what a crash left behind it."""
+    data = rows.cpu().contiguous()
+    row_bytes = data[0].numel() * data.element_size()
+    with path.open("r+b" if path.exists() else "w+b") as file:
+        file.truncate(position * row_bytes)  # also extends with zeros over rows that a cap dropped unsaved
+        file.seek(position * row_bytes)
+        file.write(data.view(torch.uint8).numpy().tobytes())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _read(path: Path, dtype: str, shape: list[int], position: int, count: int) -> Tensor:
+    kind: torch.dtype = getattr(torch, dtype)
+    row_bytes = int(np.prod(shape, dtype=np.int64)) * torch.empty((), dtype=kind).element_size()
+    if count == 0:
+        return torch.empty((0, *shape), dtype=kind)
+    with path.open("rb") as file:
+        file.seek(position * row_bytes)
+        data = bytearray(file.read(count * row_bytes))
+    if len(data) != count * row_bytes:
+        raise ValueError(f"{path.name} is too short")
+    return torch.frombuffer(data, dtype=torch.uint8).view(kind).view(count, *shape)

@@ -1,0 +1,371 @@
+"""A suite: what one table needs. TOML or command line -> ``Suite`` -> jobs; unknown keys are errors."""
+
+from __future__ import annotations
+
+import importlib.resources
+import json
+import re
+import tomllib
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, Field, ValidationError
+
+from dfkd_bench import teachers
+from dfkd_bench.compute import resolve_device, resolve_precision
+from dfkd_bench.data import DataSet
+from dfkd_bench.errors import UserError, unknown
+from dfkd_bench.job import Job, ProtocolName, Recipe, TeacherSpec
+from dfkd_bench.method import Frozen, Method, Published, Schedule
+from dfkd_bench.models import model_names
+from dfkd_bench.plugins import Plugins
+
+TEACHER = "teacher"  # owner of settings that change the teacher's recipe: -s teacher.epochs=50
+SMALL_RECIPE = {"epochs": 30, "include_validation": False}  # `smoke` on a data set without a recipe of its own
+
+PROTOCOLS: tuple[ProtocolName, ...] = ("paper", "smoke")
+
+
+class Suite(Frozen):
+    """One table: methods and controls, on one data set, under one protocol."""
+
+    name: str
+    title: str
+    dataset: str
+    protocol: ProtocolName
+    pairs: tuple[str, ...] = Field(min_length=1)
+    methods: tuple[str, ...] = Field(min_length=1)
+    controls: tuple[str, ...] = ()
+    seeds: tuple[int, ...] = (0,)
+    settings: dict[str, Any] = {}  # "method.setting" -> value
+    evaluate_on: Literal["test", "validation"] = "test"
+
+
+class _File(BaseModel, extra="forbid"):
+    """The keys of a suite's TOML file."""
+
+    title: str
+    dataset: str
+    protocol: ProtocolName | None = None
+    pairs: tuple[str, ...] | None = None
+    methods: tuple[str, ...]
+    controls: tuple[str, ...] | None = None
+    seeds: str | int = "0"
+    settings: dict[str, Any] = {}
+
+
+@cache
+def defaults() -> dict[str, Any]:
+    """``benchmarks/defaults.toml``."""
+    text = importlib.resources.files("dfkd_bench.benchmarks").joinpath("defaults.toml").read_text(encoding="utf-8")
+    return tomllib.loads(text)
+
+
+def suite_names() -> tuple[str, ...]:
+    """The built-in suites."""
+    folder = importlib.resources.files("dfkd_bench.benchmarks")
+    stems = (Path(entry.name) for entry in folder.iterdir())
+    return tuple(sorted(path.stem for path in stems if path.suffix == ".toml" and path.stem != "defaults"))
+
+
+def read_suite(name_or_file: str) -> Suite:
+    """A built-in suite by name, or any TOML file."""
+    path = Path(name_or_file)
+    if path.suffix == ".toml":
+        if not path.is_file():
+            raise UserError(f"there is no suite file {path}")
+        text, name = path.read_text(encoding="utf-8"), path.stem
+    elif name_or_file in suite_names():
+        resource = importlib.resources.files("dfkd_bench.benchmarks").joinpath(f"{name_or_file}.toml")
+        text, name = resource.read_text(encoding="utf-8"), name_or_file
+    else:
+        raise unknown("suite", name_or_file, suite_names(), "Any TOML file can be given, too")
+    try:
+        content = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"suite {name}: {error}") from None
+    for key in content:
+        if key not in _File.model_fields:
+            raise unknown(f"key of suite {name}", key, _File.model_fields)
+    try:
+        file = _File(**content)
+    except ValidationError as error:
+        raise UserError(f"suite {name}: {validation_line(error)}") from None
+    return make_suite(
+        name,
+        file.title,
+        file.dataset,
+        file.methods,
+        protocol=file.protocol,
+        pairs=file.pairs,
+        controls=file.controls,
+        seeds=parse_seeds(str(file.seeds)),
+        settings=flat_settings(file.settings),
+    )
+
+
+def make_suite(
+    name: str,
+    title: str,
+    dataset: str,
+    methods: Sequence[str],
+    protocol: str | None = None,
+    pairs: Sequence[str] | None = None,
+    controls: Sequence[str] | None = None,
+    seeds: Sequence[int] = (0,),
+    settings: Mapping[str, Any] | None = None,
+    evaluate_on: Literal["test", "validation"] = "test",
+) -> Suite:
+    """A suite with the defaults of its data set filled in."""
+    known = defaults().get(dataset, defaults()["default"])
+    chosen = protocol or known["protocol"]
+    if chosen not in PROTOCOLS:
+        raise unknown("protocol", chosen, PROTOCOLS)
+    all_controls = defaults()["controls"] if controls is None else controls
+    return Suite(
+        name=name,
+        title=title,
+        dataset=dataset,
+        protocol=chosen,
+        pairs=tuple(pairs or (known["pair"],)),
+        methods=tuple(dict.fromkeys(methods)),
+        controls=tuple(control for control in all_controls if control not in methods),
+        seeds=tuple(seeds),
+        settings=dict(settings or {}),
+        evaluate_on=evaluate_on,
+    )
+
+
+def from_options(
+    name: str | None,
+    methods: str | None,
+    dataset: str | None,
+    pair: str | None,
+    protocol: str | None,
+    seeds: str | None,
+    settings: Sequence[str],
+    controls: bool,
+    evaluate_on: str,
+) -> Suite:
+    """The suite that a command line names: a built-in one or a file with changes, or methods and a data set."""
+    if evaluate_on not in ("test", "validation"):
+        raise unknown("split", evaluate_on, ("test", "validation"))
+    overrides: dict[str, Any] = {"evaluate_on": evaluate_on}
+    if name is not None:
+        if dataset is not None or methods is not None:
+            raise UserError(f"suite {name} names its methods and data set itself: leave out --methods and --dataset")
+        base = read_suite(name)
+        if protocol is not None and protocol != base.protocol:
+            raise UserError(f"suite {name} is of protocol {base.protocol}: leave out --protocol")
+    elif methods is None or dataset is None:
+        raise UserError("name a suite (`dfkd-bench list suites`), or give --methods and --dataset")
+    else:
+        names = split_list(methods)
+        title = f"{dataset}: {', '.join(names)}"
+        base = make_suite(f"{'-'.join(names)}_{dataset}".replace("/", "_"), title, dataset, names, protocol=protocol)
+    if pair is not None:
+        overrides["pairs"] = split_list(pair)
+    if seeds is not None:
+        overrides["seeds"] = parse_seeds(seeds)
+    if settings:
+        overrides["settings"] = {**base.settings, **parse_settings(settings)}
+    if not controls:
+        overrides["controls"] = ()
+    return base.model_copy(update=overrides)
+
+
+def split_list(text: str) -> tuple[str, ...]:
+    """``a,b`` as names."""
+    names = tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+    if not names:
+        raise UserError(f"'{text}' names nothing: expected a comma list such as nayer,fm")
+    return names
+
+
+def parse_seeds(text: str) -> tuple[int, ...]:
+    """``0``, ``0-2``, ``0,3,5-7`` as numbers."""
+    seeds: list[int] = []
+    for part in text.split(","):
+        found = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
+        if not found:
+            raise UserError(f"--seeds {text}: expected numbers and ranges such as 0-2 or 0,3,5")
+        first, last = int(found[1]), int(found[2] or found[1])
+        if last < first:
+            raise UserError(f"--seeds {text}: the range {first}-{last} is empty; did you mean {last}-{first}?")
+        if last - first >= 1000:
+            raise UserError(f"--seeds {text}: {last - first + 1} seeds in one range; at most 1000 are taken")
+        seeds.extend(range(first, last + 1))
+    return tuple(dict.fromkeys(seeds))
+
+
+def parse_settings(items: Sequence[str]) -> dict[str, Any]:
+    """``nayer.generator_steps=40`` -> {"nayer.generator_steps": 40}. Values are JSON, or else strings."""
+    settings: dict[str, Any] = {}
+    for item in items:
+        key, equals, text = item.partition("=")
+        if not equals or "." not in key:
+            raise UserError(f"-s {item}: expected METHOD.SETTING=VALUE, such as nayer.generator_steps=40")
+        try:
+            settings[key.strip()] = json.loads(text)
+        except json.JSONDecodeError:
+            settings[key.strip()] = text
+    return settings
+
+
+def flat_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """TOML's nested tables as "method.setting" keys."""
+    flat: dict[str, Any] = {}
+    for method, value in settings.items():
+        if isinstance(value, Mapping):
+            flat |= {f"{method}.{key}": item for key, item in value.items()}
+        else:
+            flat[method] = value
+    return flat
+
+
+def expand(
+    suite: Suite,
+    found: Plugins,
+    dataset: DataSet,
+    device: str = "auto",
+    precision: Literal["auto", "fp32", "bf16"] = "auto",
+) -> list[Job]:
+    """The jobs of a suite, controls first, seed by seed. Nothing is started."""
+    classes = {name: found.method(name) for name in (*suite.controls, *suite.methods)}
+    for key in suite.settings:
+        owner = key.partition(".")[0]
+        if owner not in (*classes, TEACHER):
+            raise unknown(f"method in -s {key}:", owner, (*classes, TEACHER))
+    resolved = resolve_precision(precision, resolve_device(device), dataset.image_shape[1])
+    families = {name: found.source(name).card().get("family") for name in classes}
+    lead = next((name for name in suite.methods if families[name] != "control"), defaults()["lead_method"])
+    jobs = []
+    for pair in suite.pairs:
+        teacher_name, student = parse_pair(pair, found)
+        teacher = teacher_spec(dataset, teacher_name, suite.protocol, suite.settings)
+        plans = {
+            name: _plan(name, classes[name], families[name] == "control", lead, suite, pair, found) for name in classes
+        }
+        for seed in suite.seeds:
+            for name, plan in plans.items():
+                jobs.append(
+                    Job(
+                        method=name,
+                        config=plan.config,
+                        schedule=plan.schedule,
+                        dataset=dataset.name,
+                        teacher=teacher,
+                        student=student,
+                        seed=seed,
+                        protocol=suite.protocol,
+                        evaluate_on=suite.evaluate_on,
+                        precision=resolved,
+                        origin=plan.origin,
+                        source=plan.source,
+                    )
+                )
+    return jobs
+
+
+def parse_pair(pair: str, found: Plugins) -> tuple[str, str]:
+    """``teacher:student``, both known models."""
+    teacher, colon, student = pair.partition(":")
+    if not colon or not student:
+        raise UserError(f"--pair {pair}: expected TEACHER:STUDENT, such as wrn40_2:wrn16_1")
+    known = [*model_names(), *found.models]
+    for name in (teacher, student):
+        if name not in known:
+            raise unknown("model", name, known)
+    return teacher, student
+
+
+def teacher_spec(
+    dataset: DataSet, model: str, protocol: ProtocolName, settings: Mapping[str, Any] | None = None
+) -> TeacherSpec:
+    """The teacher a job gets: an imported one if there is one (``paper`` only), else the data set's recipe.
+
+    Settings ``teacher.epochs`` and the like change the recipe, ``teacher.seed`` the seed; then nothing imported is
+    taken.
+    """
+    own = {key.partition(".")[2]: value for key, value in (settings or {}).items() if key.startswith(f"{TEACHER}.")}
+    for key in own:
+        if key not in (*Recipe.model_fields, "seed"):
+            raise unknown("setting of teacher", key, [*Recipe.model_fields, "seed"])
+    recipe: dict[str, Any] = {}
+    if protocol == "paper":
+        imported = teachers.find_imported(dataset, model)
+        if imported and not own:
+            return imported.spec
+    else:
+        recipe = defaults().get(dataset.name, {}).get("teacher", SMALL_RECIPE)
+    try:
+        seed = own.pop("seed", 0)
+        return TeacherSpec(model=model, recipe=Recipe(**{**recipe, **own}), seed=seed)
+    except ValidationError as error:
+        raise UserError(f"teacher: {validation_line(error)}") from None
+
+
+def settings_for(method: type[Method], protocol: ProtocolName, dataset: str, pair: str) -> Published | None:
+    """A method's own settings for a cell: those of the pair, of the data set, or else transferred from another."""
+    table = method.published if protocol == "paper" else method.smoke
+    for key in (f"{dataset}/{pair}", dataset):
+        if key in table:
+            return table[key]
+    # Another data set's settings for the same pair are nearer than those of another pair.
+    candidates = [key for key in table if key.endswith(f"/{pair}")] + [key for key in table if "/" not in key]
+    for key in [*candidates, *table]:
+        found = table[key]
+        return found.model_copy(update={"origin": "transferred", "source": f"from {key}: {found.source}"})
+    return None
+
+
+def _plan(
+    name: str, method: type[Method], control: bool, lead: str, suite: Suite, pair: str, found: Plugins
+) -> Published:
+    """Schedule and complete configuration of one method in one cell, overrides applied."""
+    own = settings_for(method, suite.protocol, suite.dataset, pair)
+    if own is None:
+        lead_plan = settings_for(found.method(lead), suite.protocol, suite.dataset, pair)
+        if lead_plan is None:
+            raise UserError(f"method {name} has no {suite.protocol} settings and neither has {lead}")
+        if control and lead in suite.methods:  # a control has the table's own student steps: overrides count, too
+            lead_plan = _plan(lead, found.method(lead), False, lead, suite, pair, found)
+        schedule = lead_plan.schedule
+        if control:
+            schedule = schedule.model_copy(
+                update={"epochs": schedule.epochs - schedule.warmup_epochs, "warmup_epochs": 0, "pool_cap": None}
+            )
+        own = Published(schedule=schedule, config={}, origin="ours", source=f"defaults, with the schedule of {lead}")
+    config_fields, schedule_fields = method.Config.model_fields, Schedule.model_fields
+    config: dict[str, Any] = dict(own.config)
+    schedule_values = own.schedule.model_dump()
+    overridden = False
+    for key, value in suite.settings.items():
+        owner, _, setting = key.partition(".")
+        if owner != name:
+            continue
+        overridden = True
+        if setting in config_fields:
+            config[setting] = value
+        elif setting in schedule_fields:
+            schedule_values[setting] = value
+        else:
+            raise unknown(f"setting of {name}", setting, [*config_fields, *schedule_fields])
+    try:
+        complete = method.Config(**config).model_dump(mode="json")
+        final = Schedule(**schedule_values)
+    except ValidationError as error:
+        raise UserError(f"{name}: {validation_line(error)}") from None
+    origin = "ours" if overridden and own.origin != "ours" else own.origin
+    source = f"{own.source}; changed by -s" if overridden else own.source
+    return Published(schedule=final, config=complete, origin=origin, source=source)
+
+
+def validation_line(error: ValidationError) -> str:
+    """The first problem of a pydantic error as one line."""
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    given = "" if first["type"] in ("missing", "value_error") else f" (given: {first['input']!r})"
+    return f"{where}: {first['msg']}{given}" if where else str(first["msg"])

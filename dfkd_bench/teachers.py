@@ -1,0 +1,379 @@
+"""Teachers: trained here by a recipe (last epoch, never the best one), or imported; kept with hash and accuracy."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from dfkd_bench import record
+from dfkd_bench.augment import Normalize, random_crop_flip, to_unit
+from dfkd_bench.checkpoint import load_tree, random_state, restore_random_state, save_tree, seed_everything
+from dfkd_bench.compute import Compute, hardware
+from dfkd_bench.data import DataSet, Split
+from dfkd_bench.errors import UserError
+from dfkd_bench.evaluate import evaluate
+from dfkd_bench.job import Precision, Recipe, TeacherSpec, digest
+from dfkd_bench.method import Frozen, LabelledImages
+from dfkd_bench.models import build_model
+from dfkd_bench.paths import home
+
+Builders = Mapping[str, Callable[[int, int], nn.Module]]
+"""Plugins' models: name -> builder(classes, channels)."""
+
+
+class TeacherCard(Frozen):
+    """What is known of one teacher, beside its weights."""
+
+    dataset: str
+    model: str
+    classes: int
+    channels: int
+    origin: str  # "trained here" or "imported from FILE NAME"
+    spec: TeacherSpec
+    sha256: str  # of weights.safetensors
+    accuracy: dict[str, float]  # split -> accuracy [%], fp32
+    last_train_loss: float | None = None
+    seconds: float | None = None
+    precision: Precision = "fp32"
+    hardware: dict[str, str | int] = {}
+    software: dict[str, str] = {}
+    created: str = ""
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A loaded teacher: eval mode, frozen, on its device."""
+
+    model: nn.Module
+    card: TeacherCard
+
+
+@dataclass(frozen=True)
+class TrainingProgress:
+    """Reported after each epoch of a teacher's training."""
+
+    epoch: int
+    epochs: int
+    loss: float
+
+
+def folder(dataset: DataSet, spec: TeacherSpec) -> Path:
+    """Where a teacher is kept: the spec decides, so that equal specs share one teacher."""
+    name = spec.sha256[:8] if spec.sha256 else digest(spec.model_dump(mode="json"))[:8]
+    return home() / "teachers" / record.safe_name(dataset.name) / f"{spec.model}-{name}"
+
+
+def is_at_hand(dataset: DataSet, spec: TeacherSpec) -> bool:
+    """Whether the teacher exists already."""
+    return (folder(dataset, spec) / "teacher.json").is_file()
+
+
+def labelled(
+    dataset: DataSet, splits: tuple[Split, ...], root: Path | None, device: torch.device | str = "cpu"
+) -> LabelledImages:
+    """The images and labels of the splits, one after the other, on ``device``."""
+    parts = [dataset.split(split, root) for split in splits]
+    images = torch.cat([torch.from_numpy(part.images.copy()) for part in parts])
+    labels = torch.cat([torch.from_numpy(part.labels.copy()) for part in parts])
+    return LabelledImages(images.to(device), labels.to(device))
+
+
+def training_splits(spec: TeacherSpec) -> tuple[Split, ...]:
+    """What the teacher was trained on, and so what the controls train on. Imported teachers saw everything."""
+    with_validation = spec.recipe is None or spec.recipe.include_validation
+    return ("train", "validation") if with_validation else ("train",)
+
+
+def train(
+    dataset: DataSet,
+    spec: TeacherSpec,
+    compute: Compute,
+    root: Path | None = None,
+    models: Builders | None = None,
+    report: Callable[[TrainingProgress], None] = lambda progress: None,
+) -> TeacherCard:
+    """Train a teacher on real data and keep it. Goes on from its last epoch if it was interrupted."""
+    if spec.recipe is None:
+        raise UserError(f"teacher {spec.sha256} is an imported one: run `dfkd-bench teacher import` again")
+    recipe, device = spec.recipe, compute.device
+    seed_everything(spec.seed)
+    model = compute.place(build_model(spec.model, dataset.num_classes, dataset.image_shape[0], models))
+    data = labelled(dataset, training_splits(spec), root, device)
+    normalize = Normalize(dataset.mean, dataset.std, device)
+    optimizer = torch.optim.SGD(
+        model.parameters(), lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay, fused=True
+    )
+    place = folder(dataset, spec)
+    checkpoint = place / "training.safetensors"
+    first, seconds, loss = 0, 0.0, math.nan
+    if checkpoint.is_file():
+        first, seconds = _resume(checkpoint, model, optimizer, device)
+    padding = dataset.image_shape[1] // 8 if recipe.augment else 0
+    flip = dataset.flip_keeps_class and recipe.augment
+    for epoch in range(first, recipe.epochs):
+        start = _now(device)
+        for group in optimizer.param_groups:
+            group["lr"] = recipe.lr / 2 * (1 + math.cos(math.pi * epoch / recipe.epochs))
+        loss = _train_epoch(model, optimizer, data, normalize, recipe, padding, flip, compute)
+        seconds += _now(device) - start
+        report(TrainingProgress(epoch + 1, recipe.epochs, loss))
+        if not math.isfinite(loss):
+            raise UserError(f"the training of teacher {spec.model} on {dataset.name} diverged: lower the recipe's lr")
+        if epoch + 1 < recipe.epochs:
+            state = {
+                "model": model.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "random": random_state(device),
+                "epoch": epoch + 1,
+                "seconds": seconds,
+            }
+            save_tree(checkpoint, state)
+    card = _keep(
+        place,
+        model,
+        TeacherCard(
+            dataset=dataset.name,
+            model=spec.model,
+            classes=dataset.num_classes,
+            channels=dataset.image_shape[0],
+            origin="trained here",
+            spec=spec,
+            sha256="",
+            accuracy=_accuracies(model, dataset, normalize, root, with_validation=not recipe.include_validation),
+            last_train_loss=loss if math.isfinite(loss) else None,
+            seconds=round(seconds, 3),
+            precision=compute.precision,
+            hardware=hardware(device, 1),
+            software=record.software(),
+            created=record.now(),
+        ),
+    )
+    checkpoint.unlink(missing_ok=True)
+    return card
+
+
+def _train_epoch(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    data: LabelledImages,
+    normalize: Normalize,
+    recipe: Recipe,
+    padding: int,
+    flip: bool,
+    compute: Compute,
+) -> float:
+    model.train()
+    order = torch.randperm(len(data.labels), device=compute.device)
+    batches = [rows for rows in order.split(recipe.batch_size) if len(rows) > 1]  # BatchNorm can't use a single image
+    total = torch.zeros((), device=compute.device)
+    for rows in batches:
+        images = normalize(random_crop_flip(to_unit(data.images[rows]), padding, flip))
+        with compute.autocast():
+            logits = model(images)
+        loss = F.cross_entropy(logits.float(), data.labels[rows])
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        total += loss.detach()
+    return float(total.item()) / len(batches)
+
+
+def load(
+    dataset: DataSet,
+    spec: TeacherSpec,
+    device: torch.device,
+    models: Builders | None = None,
+) -> Teacher:
+    """The teacher of a spec, ready for use; a missing or damaged one is a ``UserError``."""
+    place = folder(dataset, spec)
+    card = read_card(place)
+    return Teacher(_load_weights(place, card, dataset, models).to(device=device), card)
+
+
+def read_card(place: Path) -> TeacherCard:
+    """The card in a teacher's folder."""
+    path = place / "teacher.json"
+    if not path.is_file():
+        raise UserError(f"there is no teacher in {place}: `dfkd-bench teacher train` makes one")
+    try:
+        return TeacherCard.model_validate_json(path.read_bytes())
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({str(error).splitlines()[0]}): delete its folder and train anew") from None
+
+
+def list_teachers() -> Iterator[tuple[Path, TeacherCard]]:
+    """All teachers at hand."""
+    for path in sorted((home() / "teachers").glob("*/*/teacher.json")):
+        yield path.parent, read_card(path.parent)
+
+
+def find_imported(dataset: DataSet, model: str) -> TeacherCard | None:
+    """The newest imported teacher of a data set and model, if there is one."""
+    cards = [card for _, card in list_teachers() if (card.dataset, card.model) == (dataset.name, model)]
+    imported = [card for card in cards if card.spec.sha256 is not None]
+    return max(imported, key=lambda card: card.created, default=None)
+
+
+def verify(place: Path, dataset: DataSet, root: Path | None, models: Builders | None = None) -> dict[str, float]:
+    """Check the hash, measure the accuracies anew and return them; a difference is a ``UserError``."""
+    card = read_card(place)
+    model = _load_weights(place, card, dataset, models)
+    measured = _accuracies(
+        model, dataset, Normalize(dataset.mean, dataset.std), root, with_validation="validation" in card.accuracy
+    )
+    for split, accuracy in card.accuracy.items():
+        if abs(measured[split] - accuracy) > 0.1:
+            raise UserError(
+                f"teacher {place.name}: {split} accuracy is {measured[split]:.2f} now, its card says {accuracy:.2f}"
+            )
+    return measured
+
+
+def import_checkpoint(
+    file: Path,
+    dataset: DataSet,
+    model_name: str,
+    root: Path | None = None,
+    minimum: float | None = None,
+    models: Builders | None = None,
+) -> TeacherCard:
+    """Take over a foreign ``.pth`` file: a dictionary with ``state_dict`` (or a state dict itself).
+
+    The key names are those of zju-vipa/CMI's modules, ``module.`` prefixes are dropped. Read with
+    ``weights_only=True``; what doesn't fit is refused. ``minimum``: refuse below this test accuracy [%]; default:
+    five times chance or 50 %, whichever is smaller, so that a checkpoint of another data set is not taken.
+    """
+    state = _read_foreign(file)
+    model = build_model(model_name, dataset.num_classes, dataset.image_shape[0], models)
+    _check_fits(state, model, file, model_name, dataset)
+    model.load_state_dict(state)
+    model.eval()
+    normalize = Normalize(dataset.mean, dataset.std)
+    accuracy = _accuracies(model, dataset, normalize, root, with_validation=False)
+    wanted = min(50.0, 500.0 / dataset.num_classes) if minimum is None else minimum
+    if accuracy["test"] < wanted:
+        raise UserError(
+            f"{file.name} as {model_name} reaches {accuracy['test']:.2f} % on {dataset.name}, at least {wanted:g} % "
+            "was expected: is it of another data set or normalisation? (--minimum 0 takes it nevertheless)"
+        )
+    weights = safetensors.torch.save({name: tensor.contiguous() for name, tensor in model.state_dict().items()})
+    spec = TeacherSpec(model=model_name, recipe=None, sha256=hashlib.sha256(weights).hexdigest())
+    card = TeacherCard(
+        dataset=dataset.name,
+        model=model_name,
+        classes=dataset.num_classes,
+        channels=dataset.image_shape[0],
+        origin=f"imported from {file.name}",
+        spec=spec,
+        sha256="",
+        accuracy=accuracy,
+        software=record.software(),
+        created=record.now(),
+    )
+    return _keep(folder(dataset, spec), model, card)
+
+
+def _read_foreign(file: Path) -> dict[str, Tensor]:
+    if not file.is_file():
+        raise UserError(f"there is no file {file}")
+    try:
+        content: Any = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds on foreign or damaged files
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"{file} can't be read as weights only: {first[:160]}") from None
+    if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
+        content = content["state_dict"]
+    if not isinstance(content, Mapping) or not content or not all(isinstance(v, Tensor) for v in content.values()):
+        raise UserError(f"{file} holds no state dict: expected a dictionary of tensors, or one under 'state_dict'")
+    return {str(name).removeprefix("module."): tensor for name, tensor in content.items()}
+
+
+def _check_fits(state: Mapping[str, Tensor], model: nn.Module, file: Path, name: str, dataset: DataSet) -> None:
+    wanted = model.state_dict()
+    missing = [key for key in wanted if key not in state]
+    foreign = [key for key in state if key not in wanted]
+    if missing or foreign:
+        text = "; ".join(
+            f"{len(keys)} {kind} (first: {keys[0]})"
+            for kind, keys in (("missing", missing), ("unknown", foreign))
+            if keys
+        )
+        raise UserError(f"{file.name} does not fit {name}: {text}")
+    for key, tensor in wanted.items():
+        if state[key].shape != tensor.shape:
+            raise UserError(
+                f"{file.name} does not fit {name} for {dataset.name} ({dataset.num_classes} classes): {key} has shape "
+                f"{list(state[key].shape)}, {list(tensor.shape)} was expected"
+            )
+
+
+def _load_weights(place: Path, card: TeacherCard, dataset: DataSet, models: Builders | None) -> nn.Module:
+    if card.classes != dataset.num_classes or card.channels != dataset.image_shape[0]:
+        raise UserError(
+            f"teacher {place.name} is for {card.classes} classes and {card.channels} channels, {dataset.name} has "
+            f"{dataset.num_classes} and {dataset.image_shape[0]}"
+        )
+    path = place / "weights.safetensors"
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"the weights of teacher {place.name} can't be read: {error}") from None
+    if hashlib.sha256(data).hexdigest() != card.sha256:
+        raise UserError(f"{path} is damaged (its SHA-256 differs from teacher.json): delete its folder and train anew")
+    try:
+        state = safetensors.torch.load(data)
+    except SafetensorError as error:
+        raise UserError(f"{path} is damaged: {error}") from None
+    model = build_model(card.model, card.classes, card.channels, models)
+    model.load_state_dict(state)
+    return model.eval().requires_grad_(False)
+
+
+def _keep(place: Path, model: nn.Module, card: TeacherCard) -> TeacherCard:
+    """Weights first, card last: a folder with a card is complete."""
+    weights = safetensors.torch.save({name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()})
+    card = card.model_copy(update={"sha256": hashlib.sha256(weights).hexdigest()})
+    record.write_bytes(place / "weights.safetensors", weights)
+    record.write_text(place / "teacher.json", json.dumps(card.model_dump(mode="json"), indent=1) + "\n")
+    return card
+
+
+def _accuracies(
+    model: nn.Module, dataset: DataSet, normalize: Normalize, root: Path | None, with_validation: bool
+) -> dict[str, float]:
+    splits: tuple[Split, ...] = ("test", "validation") if with_validation else ("test",)
+    result: dict[str, float] = {}
+    for split in splits:
+        data = labelled(dataset, (split,), root, normalize.mean.device)
+        result[split] = round(evaluate(model, data.images, data.labels, normalize).accuracy, 4)
+    return result
+
+
+def _resume(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device) -> tuple[int, float]:
+    try:
+        state = load_tree(path, device)
+    except ValueError:  # a damaged checkpoint of a teacher costs only time: start anew
+        return 0, 0.0
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    restore_random_state(state["random"], device)
+    return state["epoch"], state["seconds"]
+
+
+def _now(device: torch.device) -> float:
+    import time
+
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
