@@ -1,0 +1,187 @@
+"""What `list`, `describe`, `plan` and `doctor` print, as rich renderables. Listing imports no method and no torch."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from dfkd_bench import data, paths
+from dfkd_bench.plugins import Plugins, Source
+
+if TYPE_CHECKING:
+    from dfkd_bench.method import Method
+    from dfkd_bench.plan import Plan
+
+
+def _table(*columns: str, right: tuple[str, ...] = ()) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in columns:
+        table.add_column(name, justify="right" if name in right else "left", no_wrap=name == columns[0])
+    return table
+
+
+def methods(found: Plugins) -> RenderableType:
+    """Name, family, year, outside knowledge, and whether its details are confirmed."""
+    table = _table("method", "family", "year", "venue", "outside knowledge", "details", "what it is", right=("year",))
+    cards = {name: source.card() for name, source in found.methods.items()}
+    for name in sorted(cards, key=lambda name: (cards[name].get("family") == "control", name)):
+        card, source = cards[name], found.methods[name]
+        table.add_row(
+            name if source.kind == "built-in" else f"{name} ({source.kind})",
+            str(card.get("family", "-")),
+            str(card.get("year") or "-"),
+            str(card.get("venue") or "-"),
+            str(card.get("knowledge", "-")),
+            "confirmed" if card.get("confirmed", True) else "not confirmed",
+            str(card.get("title", "-")),
+        )
+    return table
+
+
+def datasets(found: Plugins) -> RenderableType:
+    """Name, classes, shape, whether it is at hand."""
+    table = _table("data set", "classes", "shape", "state", "what it is", right=("classes",))
+    for name in (*data.dataset_names(), *found.datasets):
+        dataset = data.dataset(name, None, found.datasets)
+        shape = "x".join(map(str, dataset.image_shape))
+        state = data.status(name, None, found.datasets).partition(":")[0]  # `doctor` says which files are missing
+        table.add_row(name, str(dataset.num_classes), shape, state, dataset.title)
+    table.add_row("folder:PATH", "-", "-", "-", "any folder with train/ and test/ in ImageFolder form")
+    return table
+
+
+def models(found: Plugins) -> RenderableType:
+    """Names of all models."""
+    from dfkd_bench.models import model_names
+
+    return Text("\n".join([*model_names(), *sorted(found.models)]))
+
+
+def suites(_found: Plugins) -> RenderableType:
+    """Built-in suites with their titles."""
+    import importlib.resources
+    import tomllib
+
+    table = _table("suite", "title")
+    for entry in sorted(importlib.resources.files("dfkd_bench.benchmarks").iterdir(), key=lambda entry: entry.name):
+        if entry.name.endswith(".toml") and entry.name != "defaults.toml":
+            content = tomllib.loads(entry.read_text(encoding="utf-8"))
+            table.add_row(entry.name.removesuffix(".toml"), content["title"])
+    return table
+
+
+KINDS: Mapping[str, Callable[[Plugins], RenderableType]] = {
+    "methods": methods,
+    "datasets": datasets,
+    "models": models,
+    "suites": suites,
+}
+
+
+def describe(source: Source, method: type[Method]) -> RenderableType:
+    """A method's docstring, settings and published settings."""
+    import sys
+
+    settings = _table("setting", "type", "default", "bounds", "meaning and source")
+    for name, field in method.Config.model_fields.items():
+        kind = field.annotation.__name__ if isinstance(field.annotation, type) else str(field.annotation)
+        kind = kind.replace("typing.", "")
+        settings.add_row(name, kind, repr(field.default), _bounds(field.metadata), field.description or "")
+    cells = _table("cell", "origin", "epochs", "student steps", "settings that differ", "source", right=("epochs",))
+    for protocol, table in (("paper", method.published), ("smoke", method.smoke)):
+        for cell, published in table.items():
+            schedule = published.schedule
+            changed = ", ".join(f"{key}={value}" for key, value in published.config.items())
+            steps = f"{schedule.total_student_steps} x {schedule.batch_size}"
+            cells.add_row(
+                f"{protocol} {cell}", published.origin, str(schedule.epochs), steps, changed or "-", published.source
+            )
+    document = (sys.modules[method.__module__].__doc__ or "no description").strip()
+    parts: list[RenderableType] = [Text(document), Text(""), settings]
+    if cells.row_count:
+        parts += [Text(""), cells]
+    for name, reason in method.quirks.items():
+        parts += [Text(""), Text(f"declared quirk ({name}): {reason}")]
+    parts += [Text(""), Text(f"from: {source.describe()}, version {source.version}")]
+    return Group(*parts)
+
+
+def _bounds(metadata: list[Any]) -> str:
+    signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
+    found = [f"{sign} {getattr(item, key):g}" for item in metadata for key, sign in signs.items() if hasattr(item, key)]
+    return ", ".join(found) or "-"
+
+
+def plan(plan_: Plan) -> RenderableType:
+    """Every job with its state, then the sums."""
+    table = _table(
+        "job", "method", "pair", "seed", "state", "epochs", "student steps", "settings from", right=("seed",)
+    )
+    for item in plan_.planned:
+        job = item.job
+        state = item.state if item.state != "failed" else f"failed: {item.record.reason if item.record else ''}"
+        table.add_row(
+            job.id,
+            job.method,
+            job.pair,
+            str(job.seed),
+            state,
+            str(job.schedule.epochs),
+            f"{job.schedule.total_student_steps} x {job.schedule.batch_size}",
+            job.origin,
+        )
+    counts = Counter(item.state for item in plan_.planned)
+    sums = ", ".join(f"{count} {state}" for state, count in sorted(counts.items()))
+    lines = [f"{len(plan_.planned)} jobs: {sums} (protocol {plan_.suite.protocol}, {plan_.planned[0].job.precision})"]
+    for spec in plan_.missing_teachers:
+        epochs = f"{spec.recipe.epochs} epochs" if spec.recipe else f"imported, sha256 {(spec.sha256 or '')[:12]}"
+        lines.append(f"teacher to be trained first: {spec.model} on {plan_.suite.dataset} ({epochs})")
+    return Group(table, Text(""), Text("\n".join([*lines, "nothing was started"])))
+
+
+def doctor(data_root: Path | None) -> RenderableType:
+    """The state of the installation."""
+    import torch
+
+    from dfkd_bench import compute, teachers
+
+    versions = _table("package", "version")
+    versions.add_row("python", platform.python_version())
+    for name in (
+        "dfkd-bench", "torch", "torchvision", "sentence-transformers", "gensim", "open-clip-torch", "pandas",
+        "matplotlib", "pydantic", "typer", "rich",
+    ):  # fmt: skip
+        try:
+            versions.add_row(name, importlib.metadata.version(name))
+        except importlib.metadata.PackageNotFoundError:
+            versions.add_row(name, "[red]not installed[/]")
+    devices = _table("device", "what", "bf16")
+    cpu = torch.device("cpu")
+    facts = compute.hardware(cpu, 1)
+    devices.add_row("cpu", f"{facts['cpu']}, {facts['cores']} cores", "yes" if compute.has_bf16(cpu) else "no")
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        device = torch.device("cuda", index)
+        memory = torch.cuda.get_device_properties(device).total_memory / 2**30
+        devices.add_row(
+            f"cuda:{index}",
+            f"{torch.cuda.get_device_name(device)}, {memory:.0f} GiB",
+            "yes" if compute.has_bf16(device) else "no",
+        )
+    at_hand = _table("data set", "state")
+    for name in data.dataset_names():
+        at_hand.add_row(name, data.status(name, data_root))
+    cards = [card for _, card in teachers.list_teachers()]
+    known = ", ".join(f"{card.model} on {card.dataset} ({card.accuracy['test']:.2f} %)" for card in cards)
+    places = _table("place", "folder")
+    places.add_row("home", str(paths.home()))
+    places.add_row("raw data", str(paths.data_root(data_root)))
+    gap = Text("")
+    return Group(versions, gap, devices, gap, places, gap, at_hand, gap, Text(f"teachers: {known or 'none yet'}"))

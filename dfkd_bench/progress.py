@@ -1,0 +1,142 @@
+"""Progress on the terminal: bars with an ETA where there is one, plain lines where the output is a file or a pipe."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+if TYPE_CHECKING:
+    from dfkd_bench.plan import Plan, Step
+    from dfkd_bench.teachers import TrainingProgress
+
+
+def _bars(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=28),
+        TextColumn("{task.fields[note]}", justify="right"),
+        TextColumn("elapsed"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(elapsed_when_finished=False),
+        console=console,
+        transient=True,
+    )
+
+
+@contextmanager
+def show(plan: Plan, console: Console, quiet: bool = False) -> Iterator[Callable[[Step], None]]:
+    """What ``carry_out`` reports to."""
+    if quiet:
+        yield lambda step: None
+    elif console.is_terminal:
+        with _bars(console) as bars:
+            yield _Bars(bars)
+    else:
+        yield _Lines(console)
+
+
+class _Bars:
+    """One bar for all runs together, one for each thing that is going on."""
+
+    def __init__(self, bars: Progress) -> None:
+        self._bars = bars
+        self._all: dict[str, TaskID] = {}
+        self._running: dict[tuple[str, int], TaskID] = {}
+        self._share: dict[tuple[str, int], float] = {}  # finished part of each task, 0 to 1
+
+    def __call__(self, step: Step) -> None:
+        if step.event is None:
+            self._bars.console.print(_doing(step))
+            return
+        if step.stage not in self._all:
+            name = "all runs" if step.stage == "runs" else "teachers"
+            self._all[step.stage] = self._bars.add_task(f"[bold]{name}[/]", total=step.count, note=f"0/{step.count}")
+        key = (step.stage, step.index)
+        event = step.event
+        if event.state == "started":
+            self._running[key] = self._bars.add_task(step.label, total=None, note="starting")
+        elif event.state == "running" and event.epochs:
+            accuracy = f"  {event.accuracy:5.1f} %" if event.accuracy is not None else ""
+            self._bars.update(
+                self._running[key],
+                total=event.epochs,
+                completed=event.epoch,
+                note=f"epoch {event.epoch}/{event.epochs}{accuracy}",
+            )
+            self._share[key] = event.epoch / event.epochs
+        else:
+            self._share[key] = 1.0
+            if key in self._running:
+                self._bars.remove_task(self._running.pop(key))
+            if event.reason:
+                self._bars.console.print(f"[red]{step.label} failed:[/] {event.reason}")
+        done = sum(share for (stage, _), share in self._share.items() if stage == step.stage)
+        finished = sum(share == 1.0 for (stage, _), share in self._share.items() if stage == step.stage)
+        self._bars.update(self._all[step.stage], completed=done, note=f"{finished}/{step.count}")
+
+
+class _Lines:
+    """One line a finished task, with what is left."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._began: dict[str, float] = {}
+        self._done: dict[str, int] = {}
+        self._accuracy: dict[tuple[str, int], float] = {}
+
+    def __call__(self, step: Step) -> None:
+        event = step.event
+        if event is None:
+            self._console.print(_doing(step))
+            return
+        began = self._began.setdefault(step.stage, time.monotonic())
+        if event.accuracy is not None:
+            self._accuracy[(step.stage, step.index)] = event.accuracy
+        if event.state not in ("done", "failed", "busy"):
+            return
+        done = self._done[step.stage] = self._done.get(step.stage, 0) + 1
+        elapsed = time.monotonic() - began
+        left = elapsed / done * (step.count - done)
+        accuracy = self._accuracy.get((step.stage, step.index))
+        result = event.reason or (f"{accuracy:.2f} %" if accuracy is not None else event.state)
+        self._console.print(f"{done}/{step.count}  {step.label}: {result}  ({elapsed:.0f} s, about {left:.0f} s left)")
+
+
+def _doing(step: Step) -> str:
+    return {"data": f"data set {step.label}", "embeddings": f"label-text embeddings: {step.label}"}[step.stage]
+
+
+@contextmanager
+def show_teacher(console: Console, quiet: bool = False) -> Iterator[Callable[[TrainingProgress], None]]:
+    """What a teacher's training reports to."""
+    if quiet:
+        yield lambda progress: None
+        return
+    if not console.is_terminal:
+        start = time.monotonic()
+
+        def line(progress: TrainingProgress) -> None:
+            if progress.epoch == progress.epochs or progress.epoch % max(1, progress.epochs // 10) == 0:
+                elapsed = time.monotonic() - start
+                left = elapsed / progress.epoch * (progress.epochs - progress.epoch)
+                console.print(
+                    f"epoch {progress.epoch}/{progress.epochs}, loss {progress.loss:.4f} "
+                    f"({elapsed:.0f} s, about {left:.0f} s left)"
+                )
+
+        yield line
+        return
+    with _bars(console) as bars:
+        task = bars.add_task("teacher", total=None, note="starting")
+        yield lambda progress: bars.update(
+            task,
+            total=progress.epochs,
+            completed=progress.epoch,
+            note=f"epoch {progress.epoch}/{progress.epochs}  loss {progress.loss:.4f}",
+        )
