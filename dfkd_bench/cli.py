@@ -60,14 +60,14 @@ def main() -> NoReturn:
     """The console script: one line for wrong input, never a traceback."""
     signal.signal(signal.SIGTERM, _terminated)
     try:
-        app(standalone_mode=False)
-        code = 0
+        result = app(standalone_mode=False)  # typer.Exit does not come out of here: its code is returned
+        code = result if isinstance(result, int) else 0
+        if code == EXIT_CTRL_C:  # newer versions of typer turn Ctrl-C into an exit code, too
+            raise KeyboardInterrupt
     except UserError as error:
         code = _complain(str(error))
     except _USAGE_ERROR as error:
         code = _wrong_usage(error)
-    except typer.Exit as exit_:
-        code = exit_.exit_code
     except (KeyboardInterrupt, typer.Abort):
         err.print("\nstopped: nothing is lost, the same command goes on where this one ended")
         code = EXIT_CTRL_C
@@ -76,6 +76,8 @@ def main() -> NoReturn:
         code = EXIT_RESUMABLE
     except BrokenPipeError:  # `dfkd-bench table | head`
         code = 0
+    except OSError as error:  # no space, no permission: what there is stays as it is
+        code = _complain(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}")
     sys.exit(code)
 
 

@@ -29,7 +29,7 @@ Images are floats in [0, 1] everywhere except in ``Batch.images``, which are nor
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
@@ -201,6 +201,7 @@ class Method(ABC):
     needs: ClassVar[frozenset[Need]] = frozenset()
     published: ClassVar[Mapping[str, Published]] = {}  # "cifar10" or "cifar10/wrn40_2:wrn16_1" -> protocol `paper`
     smoke: ClassVar[Mapping[str, Published]] = {}  # "digits" -> protocol `smoke`: minutes on a CPU, ours
+    search: ClassVar[Mapping[str, Sequence[Any]]] = {}  # setting -> values tried when `smoke` settings are chosen
     tiny: ClassVar[Mapping[str, Any]] = {}  # settings that make a call take milliseconds, for the conformance checks
     quirks: ClassVar[Mapping[str, str]] = {}  # conformance check -> why this method, faithfully, breaks it
     transient: ClassVar[frozenset[str]] = frozenset()  # attributes that need not survive a resume

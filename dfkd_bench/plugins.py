@@ -113,20 +113,25 @@ def discover(files: Sequence[Path] = ()) -> Plugins:
     broken: dict[str, str] = {}
     for source in _built_in() + _entry_points():
         _put(methods, source)
+    origins: dict[tuple[str, str], str] = {}
     for group in found:
         for entry in importlib.metadata.entry_points(group=f"dfkd_bench.{group}"):
+            origin = f"entry point of {entry.dist.name if entry.dist else 'unknown'}"
+            _refuse_clash(origins, group, entry.name, origin)
             try:
                 found[group][entry.name] = entry.load()
-            except Exception as error:  # a foreign package may raise anything; it becomes a line, not a crash
+            except (Exception, SystemExit) as error:  # a foreign package may raise anything: a line, not a crash
                 broken[entry.name] = f"{group} plugin '{entry.name}' ({entry.value}) fails to import: {_line(error)}"
     for path in files:
         module = _import_file(path)
         if _method_classes(module):
             _put(methods, _file_source(path))
         for group in found:
-            for name, value in getattr(module, group.upper(), {}).items():
-                if name in found[group] or name in _built_in_names(group):
-                    raise UserError(f"there is a {group[:-1]} '{name}' already: rename the one in {path}")
+            values = getattr(module, group.upper(), {})
+            if not isinstance(values, Mapping):
+                raise UserError(f"plugin {path}: {group.upper()} is no dictionary by name")
+            for name, value in values.items():
+                _refuse_clash(origins, group, name, f"file {path}")
                 found[group][name] = value
     return Plugins(methods, files=tuple(path.resolve() for path in files), broken=broken, **found)
 
@@ -137,6 +142,13 @@ def method_file(path: Path) -> Source:
     if not _method_classes(module):
         raise UserError(f"{path} defines no subclass of dfkd_bench.method.Method")
     return _file_source(path)
+
+
+def _refuse_clash(origins: dict[tuple[str, str], str], group: str, name: str, origin: str) -> None:
+    other = "built-in of dfkd-bench" if name in _built_in_names(group) else origins.get((group, name))
+    if other is not None:
+        raise UserError(f"two {group} are called '{name}': {other} and {origin}")
+    origins[group, name] = origin
 
 
 def _built_in_names(group: str) -> Sequence[str]:
@@ -205,7 +217,7 @@ def _import(source: Source) -> ModuleType:
         return _import_file(source.path)
     try:
         return importlib.import_module(source.module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(f"method '{source.name}' ({source.describe()}) fails to import: {_line(error)}") from error
 
 
@@ -223,7 +235,7 @@ def _import_file(path: Path) -> ModuleType:
     sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         del sys.modules[name]
         raise UserError(f"plugin {path} fails to import: {_line(error)}") from error
     return module

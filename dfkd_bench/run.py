@@ -141,11 +141,14 @@ class _Run:
             torch.use_deterministic_algorithms(True, warn_only=True)
             torch.backends.cudnn.benchmark = False
         self.dataset = data.dataset(job.dataset, place.data_root, found.datasets)
-        self.teacher = teachers.load(self.dataset, job.teacher, self.device, found.models)
-        self.compute.place(self.teacher.model)
         self.normalize = Normalize(self.dataset.mean, self.dataset.std, self.device)
-        self.held_out = teachers.labelled(self.dataset, (job.evaluate_on,), place.data_root, self.device)
-        self.watch = FileWatch([self.dataset.folder, home() / "data"], ignored=[folder.path, place.output])
+        # The run's own files and the teacher's weights are no data.
+        own = [folder.path, place.output / "records", home() / "teachers"]
+        self.watch = FileWatch([self.dataset.folder, home() / "data"], ignored=own)
+        with self.watch.on():
+            self.teacher = teachers.load(self.dataset, job.teacher, self.device, found.models)
+            self.held_out = teachers.labelled(self.dataset, (job.evaluate_on,), place.data_root, self.device)
+        self.compute.place(self.teacher.model)
         self.embeddings: dict[str, str] = {}
         self.curve: list[Point] = []
         self.best: Score | None = None
@@ -229,7 +232,8 @@ class _Run:
         return teachers.labelled(self.dataset, splits, self.place.data_root, self.device)
 
     def _label_embeddings(self, encoder: str, prompt: str) -> Tensor:
-        loaded = text.load(self.dataset.name, self.dataset.class_names, encoder, prompt)
+        with self.watch.runner():  # a matrix of the user's (file:PATH) is no data file that the method opened
+            loaded = text.load(self.dataset.name, self.dataset.class_names, encoder, prompt)
         self.embeddings = loaded.facts()
         return torch.as_tensor(loaded.matrix, dtype=torch.float32, device=self.device)
 

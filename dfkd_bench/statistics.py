@@ -15,11 +15,33 @@ import torch
 from torch import Tensor, nn
 
 
+class _Moments(torch.autograd.Function):
+    """Mean and biased variance over rows [m, c], two passes, fp32 or better; the backward is linear in the input.
+
+    d mean / d x = 1 / m and d variance / d x = 2 (x - mean) / m, so the gradient is a + b * x with one a and b a
+    channel. torch.var_mean over a channels-last activation is ten to twenty times slower on a CPU.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> tuple[Tensor, Tensor]:
+        exact = torch.promote_types(rows.dtype, torch.float32)
+        mean = rows.sum(0, dtype=exact) / rows.shape[0]
+        variance = (rows - mean).square_().sum(0) / rows.shape[0]
+        ctx.save_for_backward(rows, mean)
+        return mean, variance
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        rows, mean = ctx.saved_tensors
+        slope = gradients[1] * (2 / rows.shape[0])
+        offset = gradients[0] / rows.shape[0] - slope * mean
+        return (rows * slope).add_(offset).to(rows.dtype)
+
+
 def batch_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance [c] over all dimensions of ``x`` [n, c, h, w] but the channels, in fp32 or better."""
-    x = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-    variance, mean = torch.var_mean(x, dim=(0, 2, 3), correction=0)
-    return mean, variance
+    moments: tuple[Tensor, Tensor] = _Moments.apply(x.permute(0, 2, 3, 1).reshape(-1, x.shape[1]))
+    return moments
 
 
 class BatchNormMatcher:

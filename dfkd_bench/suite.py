@@ -50,7 +50,7 @@ class _File(BaseModel, extra="forbid"):
     dataset: str
     protocol: ProtocolName | None = None
     pairs: tuple[str, ...] | None = None
-    methods: tuple[str, ...]
+    methods: tuple[str, ...] = Field(min_length=1)
     controls: tuple[str, ...] | None = None
     seeds: str | int = "0"
     settings: dict[str, Any] = {}
@@ -76,7 +76,10 @@ def read_suite(name_or_file: str) -> Suite:
     if path.suffix == ".toml":
         if not path.is_file():
             raise UserError(f"there is no suite file {path}")
-        text, name = path.read_text(encoding="utf-8"), path.stem
+        try:
+            text, name = path.read_text(encoding="utf-8"), path.stem
+        except UnicodeDecodeError:
+            raise UserError(f"suite file {path} is no UTF-8 text") from None
     elif name_or_file in suite_names():
         resource = importlib.resources.files("dfkd_bench.benchmarks").joinpath(f"{name_or_file}.toml")
         text, name = resource.read_text(encoding="utf-8"), name_or_file
@@ -188,7 +191,7 @@ def parse_seeds(text: str) -> tuple[int, ...]:
     """``0``, ``0-2``, ``0,3,5-7`` as numbers."""
     seeds: list[int] = []
     for part in text.split(","):
-        found = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
+        found = re.fullmatch(r"\s*(\d{1,18})(?:-(\d{1,18}))?\s*", part)
         if not found:
             raise UserError(f"--seeds {text}: expected numbers and ranges such as 0-2 or 0,3,5")
         first, last = int(found[1]), int(found[2] or found[1])
@@ -209,7 +212,7 @@ def parse_settings(items: Sequence[str]) -> dict[str, Any]:
             raise UserError(f"-s {item}: expected METHOD.SETTING=VALUE, such as nayer.generator_steps=40")
         try:
             settings[key.strip()] = json.loads(text)
-        except json.JSONDecodeError:
+        except ValueError:  # no JSON, or a number of thousands of digits
             settings[key.strip()] = text
     return settings
 
@@ -327,17 +330,13 @@ def _plan(
     """Schedule and complete configuration of one method in one cell, overrides applied."""
     own = settings_for(method, suite.protocol, suite.dataset, pair)
     if own is None:
-        lead_plan = settings_for(found.method(lead), suite.protocol, suite.dataset, pair)
-        if lead_plan is None:
-            raise UserError(f"method {name} has no {suite.protocol} settings and neither has {lead}")
-        if control and lead in suite.methods:  # a control has the table's own student steps: overrides count, too
-            lead_plan = _plan(lead, found.method(lead), False, lead, suite, pair, found)
-        schedule = lead_plan.schedule
+        schedule = _lead_schedule(name, lead, suite, pair, found)
         if control:
             schedule = schedule.model_copy(
                 update={"epochs": schedule.epochs - schedule.warmup_epochs, "warmup_epochs": 0, "pool_cap": None}
             )
-        own = Published(schedule=schedule, config={}, origin="ours", source=f"defaults, with the schedule of {lead}")
+        giver = lead if lead in suite.methods and lead != name else defaults()["lead_method"]
+        own = Published(schedule=schedule, config={}, origin="ours", source=f"defaults, with the schedule of {giver}")
     config_fields, schedule_fields = method.Config.model_fields, Schedule.model_fields
     config: dict[str, Any] = dict(own.config)
     schedule_values = own.schedule.model_dump()
@@ -361,6 +360,17 @@ def _plan(
     origin = "ours" if overridden and own.origin != "ours" else own.origin
     source = f"{own.source}; changed by -s" if overridden else own.source
     return Published(schedule=final, config=complete, origin=origin, source=source)
+
+
+def _lead_schedule(name: str, lead: str, suite: Suite, pair: str, found: Plugins) -> Schedule:
+    """The schedule for a method without one: the table's lead's, overrides included, or else the default lead's."""
+    if lead in suite.methods and lead != name:
+        return _plan(lead, found.method(lead), False, lead, suite, pair, found).schedule
+    fallback = defaults()["lead_method"]
+    found_settings = settings_for(found.method(fallback), suite.protocol, suite.dataset, pair)
+    if found_settings is None:
+        raise UserError(f"method {name} has no {suite.protocol} settings and neither has {fallback}")
+    return found_settings.schedule
 
 
 def validation_line(error: ValidationError) -> str:

@@ -45,11 +45,22 @@ class FileWatch:
     @contextmanager
     def method(self) -> Iterator[None]:
         """What is opened inside was opened by the method."""
-        self._phase = "method"
+        with self._as("method"):
+            yield
+
+    @contextmanager
+    def runner(self) -> Iterator[None]:
+        """What is opened inside was opened by the runner, even if a method asked for it."""
+        with self._as("runner"):
+            yield
+
+    @contextmanager
+    def _as(self, phase: str) -> Iterator[None]:
+        before, self._phase = self._phase, phase
         try:
             yield
         finally:
-            self._phase = "runner"
+            self._phase = before
 
     @contextmanager
     def on(self) -> Iterator[None]:

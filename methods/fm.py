@@ -23,7 +23,7 @@ Differences from the released code
 from __future__ import annotations
 
 import copy
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -167,17 +167,6 @@ def _fast_10(adversarial: float, onehot: float) -> Published:
     )
 
 
-def _ours(epochs: int, warmup: int, steps: int, batch: int, lr: float, **config: Any) -> Published:
-    return Published(
-        schedule=Schedule(
-            epochs=epochs, warmup_epochs=warmup, student_steps=steps, batch_size=batch, lr=lr, lr_min=2e-4
-        ),
-        config=config,
-        origin="ours",
-        source="results/trials: eight trials on the validation split",
-    )
-
-
 FastMeta.published = {
     f"{dataset}/{pair}": _fast_10(adversarial, onehot)
     for dataset in ("cifar10", "cifar100")
@@ -189,6 +178,20 @@ FastMeta.published = {
         ("wrn40_2:wrn16_2", 1.1, 0.4),
     )
 }
+FastMeta.search = {
+    "generator_steps": (5, 10, 20),
+    "synthesis_batch_size": (100, 200),
+    "generator_lr": (2e-3, 5e-3),
+    "latent_lr": (0.01, 0.015),
+    "batchnorm": (1.0, 10.0),
+    "adversarial": (0.0, 1.1),
+    "lr": (0.05, 0.1, 0.2),
+}
 FastMeta.smoke = {
-    "digits": _ours(30, 5, 40, 128, 0.1, synthesis_batch_size=200, generator_steps=10),
+    "digits": Published(
+        schedule=Schedule(epochs=23, warmup_epochs=3, student_steps=30, batch_size=128, lr=0.1, lr_min=2e-4),
+        config={"synthesis_batch_size": 200, "generator_width": 32},
+        origin="ours",
+        source="results/trials/digits.json: eight trials on the validation split",
+    ),
 }

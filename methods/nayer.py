@@ -24,7 +24,7 @@ Differences from the released code
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from pydantic import Field
@@ -207,17 +207,6 @@ def _cifar(generator_steps: int) -> Published:
     )
 
 
-def _ours(epochs: int, warmup: int, steps: int, batch: int, lr: float, **config: Any) -> Published:
-    return Published(
-        schedule=Schedule(
-            epochs=epochs, warmup_epochs=warmup, student_steps=steps, batch_size=batch, lr=lr, lr_min=2e-4
-        ),
-        config={"encoder": "sbert", "student_eval": True, **config},
-        origin="ours",
-        source="results/trials: eight trials on the validation split",
-    )
-
-
 Nayer.published = {
     "cifar10": _cifar(generator_steps=30),
     "cifar100": _cifar(generator_steps=40),
@@ -230,6 +219,28 @@ Nayer.published = {
         source="tmtuan1307/NAYER, scripts/nayer_100.sh (the 100-epoch variant)",
     ),
 }
+SMALL = {
+    "encoder": "sbert",
+    "student_eval": True,
+    "synthesis_batch_size": 100,
+    "generator_width": 32,
+    "noisy_width": 256,
+}
+
+Nayer.search = {
+    "generator_steps": (10, 20, 30),
+    "loops": (1, 2),
+    "warmup_loops": (4, 8),
+    "generator_lr": (4e-3, 1e-2),
+    "batchnorm": (1.0, 10.0),
+    "adversarial": (0.0, 1.33),
+    "lr": (0.05, 0.1, 0.2),
+}
 Nayer.smoke = {
-    "digits": _ours(30, 5, 40, 128, 0.1, synthesis_batch_size=100, generator_steps=20, loops=2, warmup_loops=4),
+    "digits": Published(
+        schedule=Schedule(epochs=23, warmup_epochs=3, student_steps=30, batch_size=128, lr=0.1, lr_min=2e-4),
+        config={**SMALL, "generator_steps": 20, "loops": 1, "warmup_loops": 4},
+        origin="ours",
+        source="results/trials/digits.json: eight trials on the validation split",
+    ),
 }

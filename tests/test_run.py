@@ -1,0 +1,272 @@
+"""One job from start to record: outcomes, counters, what may be opened, and resuming after a kill."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+
+from dfkd_bench import data, plugins, teachers
+from dfkd_bench.compute import Compute
+from dfkd_bench.engines import local
+from dfkd_bench.job import Job
+from dfkd_bench.paths import HOME_VARIABLE, home
+from dfkd_bench.record import Record, read, record_path
+from dfkd_bench.run import EpochDone, Place, run, stream_seed
+from dfkd_bench.runfolder import Busy, RunFolder
+from dfkd_bench.suite import expand, make_suite
+
+TINY = {
+    "teacher.epochs": 2,
+    "nayer.epochs": 4,
+    "nayer.warmup_epochs": 1,
+    "nayer.student_steps": 3,
+    "nayer.batch_size": 16,
+    "nayer.synthesis_batch_size": 12,
+    "nayer.generator_steps": 2,
+    "nayer.warmup_loops": 2,
+    "nayer.loops": 2,
+    "nayer.noisy_width": 8,
+    "nayer.generator_width": 4,
+    "nayer.encoder": "random:16",
+}
+TINY_FM = {
+    "fm.epochs": 4,
+    "fm.warmup_epochs": 1,
+    "fm.student_steps": 3,
+    "fm.batch_size": 16,
+    "fm.synthesis_batch_size": 12,
+    "fm.generator_steps": 2,
+    "fm.latent_dim": 8,
+    "fm.generator_width": 4,
+    "fm.reset_epoch": 2,
+}
+
+FAILING = '''
+"""A method that fails in its second epoch."""
+from dfkd_bench.method import Method, MethodConfig, Synthesis
+import torch
+
+class Failing(Method):
+    Config = MethodConfig
+    def synthesize(self, student, at):
+        if at.epoch == 1:
+            raise ZeroDivisionError("no luck")
+        return Synthesis(torch.rand(8, *self.task.image_shape))
+'''
+
+PEEKING = '''
+"""A method that reads real images while it runs."""
+from dfkd_bench.method import Method, MethodConfig, Synthesis
+import torch
+
+class Peeking(Method):
+    Config = MethodConfig
+    def synthesize(self, student, at):
+        from sklearn.datasets import load_digits
+        images = torch.from_numpy(load_digits().images[:16]).float().view(16, 1, 8, 8) / 16
+        return Synthesis(images)
+'''
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A home with digits and a teacher of two epochs."""
+    place = tmp_path_factory.mktemp("home")
+    before = os.environ.get(HOME_VARIABLE)
+    os.environ[HOME_VARIABLE] = str(place)
+    torch.set_num_threads(1)
+    dataset = data.dataset("digits")
+    spec = jobs_of("nayer")[0].teacher
+    teachers.train(dataset, spec, Compute(torch.device("cpu")))
+    yield place
+    if before is None:
+        del os.environ[HOME_VARIABLE]
+    else:
+        os.environ[HOME_VARIABLE] = before
+
+
+@pytest.fixture
+def fresh(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A home of the test's own with the same data and teacher."""
+    place = tmp_path / "home"
+    shutil.copytree(prepared, place, ignore=shutil.ignore_patterns("runs"))
+    monkeypatch.setenv(HOME_VARIABLE, str(place))
+    return place
+
+
+def jobs_of(method: str, files: tuple[Path, ...] = (), **changes: object) -> list[Job]:
+    tiny = {"nayer": TINY, "fm": {**TINY_FM, "teacher.epochs": 2}}.get(method, {"teacher.epochs": 2})
+    schedule = {} if method in ("nayer", "fm") else {f"{method}.epochs": 3, f"{method}.warmup_epochs": 0}
+    schedule |= {} if method in ("nayer", "fm") else {f"{method}.student_steps": 2, f"{method}.batch_size": 16}
+    settings = {**tiny, **schedule, **{f"{method}.{name}": value for name, value in changes.items()}}
+    suite = make_suite("test", "test", "digits", [method], pairs=["convnet8:convnet8"], controls=(), settings=settings)
+    return expand(suite, plugins.discover(files), data.dataset("digits"), "cpu", "fp32")
+
+
+def run_it(method: str, output: Path, files: tuple[Path, ...] = (), **changes: object) -> Record:
+    (job,) = jobs_of(method, files, **changes)
+    return run(job, Place(output, plugin_files=files, device="cpu"))
+
+
+def student_of(record: Record) -> dict[str, torch.Tensor]:
+    return safetensors.torch.load_file(home() / "runs" / record.job_id / "student.safetensors")
+
+
+def plugin(folder: Path, name: str, text: str) -> Path:
+    path = folder / f"{name}.py"
+    path.write_text(text)
+    return path
+
+
+def test_a_run_leaves_a_record_that_reads_back(fresh: Path, tmp_path: Path) -> None:
+    record = run_it("nayer", tmp_path)
+    assert read(record_path(tmp_path, record.job)) == record
+
+
+def test_the_runner_counts_what_the_settings_promise(fresh: Path, tmp_path: Path) -> None:
+    counters = run_it("nayer", tmp_path).counters
+    batches = 1 * 2 + 3 * 2  # one warm-up epoch and three others, two loops each
+    assert counters.images_made == batches * 12
+    assert (counters.generator_steps, counters.teacher_images) == (batches * 2, batches * 2 * 12)
+    assert counters.student_steps == 3 * 3
+    assert counters.extra_rows == 0
+
+
+def test_the_curve_begins_after_the_warm_up(fresh: Path, tmp_path: Path) -> None:
+    record = run_it("nayer", tmp_path)
+    assert [point.epoch for point in record.curve] == [1, 2, 3]
+    assert record.last is not None
+    assert record.last.epoch == 3
+
+
+def test_only_test_files_are_opened_and_none_by_the_method(fresh: Path, tmp_path: Path) -> None:
+    record = run_it("nayer", tmp_path)
+    names = {Path(file.path).name for file in record.files if "digits" in file.path}
+    assert names == {"test-images.npy", "test-labels.npy", "test-index.json"}
+    assert {file.phase for file in record.files} == {"runner"}
+
+
+def test_controls_say_that_they_read_training_images(fresh: Path, tmp_path: Path) -> None:
+    record = run_it("real_kd", tmp_path)
+    assert "train-images.npy" in {Path(file.path).name for file in record.files}
+
+
+def test_a_method_that_opens_data_files_fails(fresh: Path, tmp_path: Path) -> None:
+    record = run_it("peeking", tmp_path, (plugin(tmp_path, "peeking", PEEKING),))
+    assert record.status == "failed"
+    assert record.reason is not None
+    assert "opened data files" in record.reason
+
+
+def test_an_exception_becomes_a_failed_record(fresh: Path, tmp_path: Path) -> None:
+    record = run_it("failing", tmp_path, (plugin(tmp_path, "failing", FAILING),))
+    assert (record.status, record.reason) == ("failed", "ZeroDivisionError: no luck")
+    assert "Traceback" in (RunFolder(record.job).path / "log.txt").read_text()
+
+
+def test_a_loss_that_is_not_finite_is_an_outcome(fresh: Path, tmp_path: Path) -> None:
+    record = run_it("nayer", tmp_path, lr=1e30)
+    assert (record.status, record.outcome) == ("done", "not finite")
+    assert record.curve[-1].loss is None
+
+
+def test_a_student_at_chance_is_called_collapsed(fresh: Path, tmp_path: Path) -> None:
+    record = run_it("nayer", tmp_path, lr=1e-9)
+    assert (record.status, record.outcome) == ("done", "collapsed")
+
+
+def test_the_pool_keeps_to_its_cap(fresh: Path, tmp_path: Path) -> None:
+    record = run_it("nayer", tmp_path, pool_cap=20)
+    assert record.status == "done"
+    assert record.counters.images_made == 96
+
+
+def test_a_run_that_somebody_else_has_is_left_alone(fresh: Path, tmp_path: Path) -> None:
+    (job,) = jobs_of("nayer")
+    with RunFolder(job).lease(), pytest.raises(Busy):
+        run(job, Place(tmp_path, device="cpu"))
+
+
+@pytest.mark.parametrize("method", ["nayer", "fm"])
+def test_same_seed_same_bits(method: str, fresh: Path, tmp_path: Path) -> None:
+    first = run_it(method, tmp_path / "a")
+    weights = student_of(first)
+    shutil.rmtree(home() / "runs")
+    second = run_it(method, tmp_path / "b")
+    again = student_of(second)
+    assert all(torch.equal(weights[name], again[name]) for name in weights)
+
+
+def test_students_of_all_methods_start_alike() -> None:
+    assert stream_seed(3, "student") == stream_seed(3, "student")
+    assert stream_seed(3, "student") != stream_seed(4, "student")
+    assert stream_seed(3, "student") != stream_seed(3, "pool")
+
+
+@pytest.mark.parametrize("method", ["nayer", "fm", "real_kd"])
+def test_an_interrupted_run_ends_bit_identical(method: str, fresh: Path, tmp_path: Path) -> None:
+    whole = run_it(method, tmp_path / "whole")
+    weights = student_of(whole)
+    shutil.rmtree(home() / "runs")
+    (job,) = jobs_of(method)
+
+    def stop(done: EpochDone) -> None:
+        if done.epoch == 3:  # the checkpoint after epoch 2 is the last one
+            raise KeyboardInterrupt
+
+    place = Place(tmp_path / "parts", device="cpu")
+    with pytest.raises(KeyboardInterrupt):
+        run(job, place, stop)
+    resumed = run(job, place)
+    assert resumed.resumes == 1
+    assert [point.accuracy for point in resumed.curve] == [point.accuracy for point in whole.curve]
+    assert resumed.counters == whole.counters
+    assert all(torch.equal(weights[name], tensor) for name, tensor in student_of(resumed).items())
+
+
+def test_kill_9_loses_at_most_one_epoch(fresh: Path, tmp_path: Path) -> None:
+    """The process is killed for real; the engine starts it again and it ends as if nothing had happened."""
+    whole = run_it("nayer", tmp_path / "whole", epochs=40)
+    weights = student_of(whole)
+    shutil.rmtree(home() / "runs")
+    (job,) = jobs_of("nayer", epochs=40)
+    epochs: list[int] = []
+
+    def kill(event: local.Event) -> None:
+        if event.state != "running":
+            return
+        epochs.append(event.epoch)
+        if event.epoch >= 3 and len(epochs) == epochs.index(event.epoch) + 1 and not killed:
+            killed.append(json.loads((home() / "runs" / job.id / "lease").read_text())["pid"])
+            os.kill(killed[0], signal.SIGKILL)
+
+    killed: list[int] = []
+    (record,) = local.run_jobs([job], Place(tmp_path / "killed"), ["cpu"], kill)
+    assert record is not None
+    assert (len(killed), record.status, record.resumes) == (1, "done", 1)
+    assert [point.accuracy for point in record.curve] == [point.accuracy for point in whole.curve]
+    assert all(torch.equal(weights[name], tensor) for name, tensor in student_of(record).items())
+
+
+def test_a_process_that_dies_twice_is_a_failed_row(fresh: Path, tmp_path: Path) -> None:
+    (job,) = jobs_of("nayer", epochs=500)
+
+    def kill(event: local.Event) -> None:
+        if event.state == "running":
+            with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):  # between two attempts
+                lease = home() / "runs" / job.id / "lease"
+                os.kill(json.loads(lease.read_text())["pid"], signal.SIGKILL)
+
+    (record,) = local.run_jobs([job], Place(tmp_path), ["cpu"], kill)
+    assert record is not None
+    assert record.status == "failed"
+    assert "SIGKILL" in (record.reason or "")
