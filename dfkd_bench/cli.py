@@ -272,14 +272,10 @@ def check(
     from dfkd_bench import plugins
     from dfkd_bench.check import run_checks
 
-    if method.endswith(".py"):
-        source = plugins.method_file(Path(method))
-        found = plugins.discover([Path(method)])
-    else:
-        found = _plugins(plugin)
-        source = found.source(method)
+    # A file is looked at by itself: it may well be the source of a built-in method.
+    source = plugins.method_file(Path(method)) if method.endswith(".py") else _plugins(plugin).source(method)
     failed = 0
-    for outcome in run_checks(source, found.method(source.name)):
+    for outcome in run_checks(source, plugins.load(source)):
         mark = "[yellow]quirk[/]" if outcome.declared and outcome.passed else "[green]ok[/]   "
         mark = mark if outcome.passed else "[bold red]FAIL[/] "
         out.print(f"{mark}  {outcome.name:<34} {_escaped(outcome.detail)}")

@@ -126,6 +126,8 @@ def _needs_are_met(jobs: Sequence[Job], found: Plugins, dataset: data.DataSet, r
     wanted: dict[tuple[str, str, str], None] = {}
     for job in jobs:
         if "label_text" in found.method(job.method).needs:
+            if not {"encoder", "prompt"} <= job.config.keys():
+                raise UserError(f"method {job.method} needs label_text, but has no settings `encoder` and `prompt`")
             wanted[(job.method, job.config["encoder"], job.config["prompt"])] = None
     for index, (method, encoder, prompt) in enumerate(wanted):
         report(Step("embeddings", encoder, index, len(wanted)))

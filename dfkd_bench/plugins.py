@@ -102,8 +102,7 @@ class Plugins:
 
     def method(self, name: str) -> type[Method]:
         """The class of a method: its module is imported now."""
-        source = self.source(name)
-        return _method_class(_import(source), source)
+        return load(self.source(name))
 
 
 def discover(files: Sequence[Path] = ()) -> Plugins:
@@ -134,6 +133,11 @@ def discover(files: Sequence[Path] = ()) -> Plugins:
                 _refuse_clash(origins, group, name, f"file {path}")
                 found[group][name] = value
     return Plugins(methods, files=tuple(path.resolve() for path in files), broken=broken, **found)
+
+
+def load(source: Source) -> type[Method]:
+    """The class of one method: its module is imported now."""
+    return _method_class(_import(source), source)
 
 
 def method_file(path: Path) -> Source:

@@ -247,6 +247,9 @@ class _Run:
         has_batchnorm = any(isinstance(module, nn.BatchNorm2d) for module in self.teacher.model.modules())
         if "batchnorm" in method_class.needs and not has_batchnorm:
             return f"teacher {self.job.teacher.model} has no BatchNorm2d layer"
+        for need in ("unlabelled", "initial_images"):
+            if need in method_class.needs and getattr(task, need) is None:
+                return f"the method needs {need.replace('_', ' ')}, which runs do not lend yet"
         return method_class.unsupported(config, task)
 
     def _set_up(

@@ -23,6 +23,7 @@ from typing import Any, Literal
 from dfkd_bench import plugins
 from dfkd_bench.errors import UserError
 from dfkd_bench.job import Job, TeacherSpec
+from dfkd_bench.paths import HOME_VARIABLE, home
 from dfkd_bench.record import Record, read, record_path, write
 from dfkd_bench.run import Place, failed
 
@@ -111,7 +112,9 @@ def _all(
                 attempts[index] = attempt
                 here, there = context.Pipe(duplex=False)
                 process = context.Process(
-                    target=child, args=(tasks[index], replace(place, device=devices[slot]), there), daemon=True
+                    target=_in_environment,
+                    args=(_environment(), child, tasks[index], replace(place, device=devices[slot]), there),
+                    daemon=True,
                 )
                 process.start()
                 there.close()
@@ -181,6 +184,17 @@ def _died(code: int) -> str:
 
 
 # -- in the child ---------------------------------------------------------------------------------------------------
+
+
+def _environment() -> dict[str, str]:
+    """This project's variables as they are now: the fork server keeps those of its own start."""
+    own = {name: value for name, value in os.environ.items() if name.startswith("DFKD_BENCH_")}
+    return {**own, HOME_VARIABLE: str(home().resolve())}
+
+
+def _in_environment(environment: dict[str, str], child: Callable[..., None], *arguments: Any) -> None:
+    os.environ.update(environment)
+    child(*arguments)
 
 
 def _run_child(job: Job, place: Place, connection: Connection) -> None:
