@@ -53,8 +53,10 @@ def run_trial(dataset: str, method: str, trial: dict[str, Any], seeds: tuple[int
     place = Place(home, threads=threads, workers=len(devices))
     with show(plan, Console(stderr=True), quiet=not sys.stderr.isatty()) as report:
         records = carry_out(plan, found, place, devices, report=report)
-    accuracies = {str(item.job.seed): round(item.last.accuracy, 3) if item.last else None for item in records}
-    reached = [value or 0.0 for value in accuracies.values()]
+    if broken := [item.reason for item in records if item.status != "done"]:
+        raise UserError(f"{method} with {trial}: {broken[0]}")  # a bug, not a bad setting: a collapse is `done`
+    accuracies = {str(item.job.seed): round(item.last.accuracy, 3) for item in records if item.last}
+    reached = list(accuracies.values())
     return {
         "settings": trial,
         "validation_accuracy": accuracies,

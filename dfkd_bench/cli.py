@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 
 from dfkd_bench import __version__
-from dfkd_bench.errors import UserError, unknown
+from dfkd_bench.errors import UserError, disk_error, unknown
 
 EXIT_FAILED, EXIT_WRONG_INPUT, EXIT_RESUMABLE, EXIT_CTRL_C = 1, 2, 3, 130
 RERUN = ("failed", "stale")
@@ -77,7 +77,7 @@ def main() -> NoReturn:
     except BrokenPipeError:  # `dfkd-bench table | head`
         code = 0
     except OSError as error:  # no space, no permission: what there is stays as it is
-        code = _complain(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}")
+        code = _complain(str(disk_error(error) or error))
     sys.exit(code)
 
 

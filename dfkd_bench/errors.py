@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 from collections.abc import Iterable
 
 
@@ -21,3 +22,17 @@ def unknown(kind: str, name: str, known: Iterable[str], hint: str = "") -> UserE
     guess = f" did you mean '{close[0]}'?" if close else ""
     listed = ", ".join(names) if names else "none"
     return UserError(f"unknown {kind} '{name}':{guess} Known: {listed}{'. ' + hint if hint else ''}")
+
+
+_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
+
+
+def disk_error(error: OSError) -> UserError | None:
+    """The line for a full disk or a missing permission; None if the error is of another kind.
+
+    Such a run has not failed: once there is room, the same command goes on from its checkpoint.
+    """
+    if error.errno not in _DISK:
+        return None
+    where = f" {error.filename}" if error.filename else ""
+    return UserError(f"can't write{where}: {error.strerror}. Put that right and run the same command again")

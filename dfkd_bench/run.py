@@ -19,7 +19,7 @@ from dfkd_bench.augment import Normalize, random_crop_flip
 from dfkd_bench.checkpoint import random_state, restore_random_state, seed_everything
 from dfkd_bench.clock import Clock, peak_memory, total
 from dfkd_bench.compute import Compute, hardware, resolve_device, set_threads
-from dfkd_bench.errors import UserError
+from dfkd_bench.errors import UserError, disk_error
 from dfkd_bench.evaluate import evaluate, logits_of
 from dfkd_bench.job import Job
 from dfkd_bench.method import LabelledImages, Method, Progress, Task
@@ -74,6 +74,8 @@ def run(job: Job, place: Place, report: Callable[[EpochDone], None] = lambda don
         except (UserError, KeyboardInterrupt):
             raise
         except Exception as error:
+            if isinstance(error, OSError) and (problem := disk_error(error)):
+                raise problem from error
             with (folder.path / "log.txt").open("a") as log:
                 log.write(traceback.format_exc())
             result = failed(job, found, f"{type(error).__name__}: {_first_line(error)}", started)

@@ -30,7 +30,6 @@ class Toy(Method):
 '''
 DATA_AND_MODEL = """
 import numpy as np
-from dataclasses import replace
 from torch import nn
 from dfkd_bench.data import DataSet, RawData
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -17,6 +18,7 @@ import torch
 from dfkd_bench import data, plugins, teachers
 from dfkd_bench.compute import Compute
 from dfkd_bench.engines import local
+from dfkd_bench.errors import UserError
 from dfkd_bench.job import Job
 from dfkd_bench.paths import HOME_VARIABLE, home
 from dfkd_bench.record import Record, read, record_path
@@ -270,3 +272,17 @@ def test_a_process_that_dies_twice_is_a_failed_row(fresh: Path, tmp_path: Path) 
     assert record is not None
     assert record.status == "failed"
     assert "SIGKILL" in (record.reason or "")
+
+
+def test_a_full_disk_is_no_failed_run(fresh: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (job,) = jobs_of("nayer")
+
+    def full(*_arguments: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "somewhere")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "save", full)
+        with pytest.raises(UserError, match="No space left on device"):
+            run(job, Place(tmp_path, device="cpu"))
+    assert not record_path(tmp_path, job).exists()
+    assert run(job, Place(tmp_path, device="cpu")).status == "done"

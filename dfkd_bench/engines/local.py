@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dfkd_bench import plugins
-from dfkd_bench.errors import UserError
+from dfkd_bench.errors import UserError, disk_error
 from dfkd_bench.job import Job, TeacherSpec
 from dfkd_bench.paths import HOME_VARIABLE, home
 from dfkd_bench.record import Record, read, record_path, write
@@ -243,6 +243,10 @@ def _guarded(work: Callable[[], None], connection: Connection) -> None:
     except KeyboardInterrupt:
         pass
     except Exception as error:
+        problem = disk_error(error) if isinstance(error, OSError) else None
+        if problem:
+            connection.send(("error", f"user:{problem}"))
+            return
         connection.send(("error", f"{type(error).__name__}: {error}"))
     finally:
         connection.close()

@@ -1,0 +1,429 @@
+"""Teachers: trained by a recipe, resumed, kept with their hash; foreign checkpoints taken over or refused by name."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from dfkd_bench import plugins, teacher_commands, teachers
+from dfkd_bench.compute import Compute
+from dfkd_bench.data import DataSet, Part, RawData, dataset
+from dfkd_bench.errors import UserError
+from dfkd_bench.job import Recipe, TeacherSpec
+from dfkd_bench.models import build_model
+from dfkd_bench.paths import HOME_VARIABLE
+from dfkd_bench.teachers import TeacherCard, TrainingProgress, import_checkpoint
+
+CPU = torch.device("cpu")
+DIGITS = dataset("digits")
+SPEC = TeacherSpec(model="convnet8", recipe=Recipe(epochs=3, batch_size=64, include_validation=False))
+
+
+def read_colours(found: DataSet, root: Path, part: Part) -> RawData:
+    """CIFAR-10's shape and classes, a few images."""
+    rng = np.random.default_rng(0)
+    count = 30 if part == "train" else 20
+    return RawData.of_arrays(rng.integers(0, 256, (count, 3, 32, 32), np.uint8), np.arange(count) % 10)
+
+
+COLOURS = DataSet(
+    "colours", "32x32 RGB", 10, tuple("abcdefghij"), (3, 32, 32), (0.5,) * 3, (0.25,) * 3, True, 10, "here",
+    read_colours,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A home with digits and the teacher of ``SPEC``."""
+    place = tmp_path_factory.mktemp("trained")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(HOME_VARIABLE, str(place))
+        teachers.train(DIGITS, SPEC, Compute(CPU))
+    yield place
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def at_hand(trained: Path, home: Path) -> Path:
+    """The same in a home of the test's own; returns the teacher's folder."""
+    shutil.copytree(trained, home)
+    return teachers.folder(DIGITS, SPEC)
+
+
+@pytest.fixture
+def data_only(trained: Path, home: Path) -> Path:
+    """A home of the test's own with digits and no teacher."""
+    shutil.copytree(trained, home, ignore=shutil.ignore_patterns("teachers"))
+    return home
+
+
+@pytest.fixture
+def pth(tmp_path: Path) -> Callable[..., Path]:
+    """``pth(content, name)``: a foreign checkpoint file."""
+
+    def write(content: Any, name: str = "foreign.pth") -> Path:
+        torch.save(content, tmp_path / name)
+        return tmp_path / name
+
+    return write
+
+
+def weights_of(place: Path) -> dict[str, Tensor]:
+    return safetensors.torch.load_file(place / "weights.safetensors")
+
+
+def one_line(caught: pytest.ExceptionInfo[UserError]) -> str:
+    text = str(caught.value)
+    assert "\n" not in text
+    return text
+
+
+# --- Training ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_few_epochs_teach_digits(at_hand: Path) -> None:
+    card = teachers.read_card(at_hand)
+    assert card.accuracy["test"] > 60
+    assert set(card.accuracy) == {"test", "validation"}  # its recipe leaves the validation part out
+    assert (card.origin, card.classes, card.channels) == ("trained here", 10, 1)
+
+
+def test_a_loaded_teacher_is_frozen_and_in_eval_mode(at_hand: Path) -> None:
+    teacher = teachers.load(DIGITS, SPEC, CPU)
+    assert not any(module.training for module in teacher.model.modules())
+    assert not any(parameter.requires_grad for parameter in teacher.model.parameters())
+    kept = weights_of(at_hand)
+    assert all(torch.equal(value, kept[name]) for name, value in teacher.model.state_dict().items())
+
+
+def test_the_recipe_decides_which_teacher_it_is(home: Path) -> None:
+    other = SPEC.model_copy(update={"recipe": Recipe(epochs=4, batch_size=64, include_validation=False)})
+    seed = SPEC.model_copy(update={"seed": 1})
+    assert len({teachers.folder(DIGITS, spec) for spec in (SPEC, other, seed)}) == 3
+
+
+def test_controls_see_what_the_teacher_saw() -> None:
+    assert teachers.training_splits(SPEC) == ("train",)
+    assert teachers.training_splits(TeacherSpec(model="convnet8")) == ("train", "validation")
+    assert teachers.training_splits(TeacherSpec(model="x", recipe=None, sha256="ab")) == ("train", "validation")
+
+
+@pytest.mark.parametrize("stop_after", [1, 2])
+def test_an_interrupted_training_ends_bit_identical(stop_after: int, trained: Path, data_only: Path) -> None:
+    whole = weights_of(next(trained.glob("teachers/digits/*")))
+    epochs: list[int] = []
+
+    def stop(progress: TrainingProgress) -> None:
+        epochs.append(progress.epoch)
+        if progress.epoch == stop_after + 1 and len(epochs) == stop_after + 1:  # its own epoch is not saved yet
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        teachers.train(DIGITS, SPEC, Compute(CPU), report=stop)
+    assert not teachers.is_at_hand(DIGITS, SPEC)
+    torch.rand(7)  # whatever happens in between
+    teachers.train(DIGITS, SPEC, Compute(CPU), report=stop)
+    assert epochs == [*range(1, stop_after + 2), *range(stop_after + 1, 4)]
+    resumed = weights_of(teachers.folder(DIGITS, SPEC))
+    assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
+    assert not list(data_only.glob("**/training.safetensors"))
+
+
+def test_a_damaged_checkpoint_of_a_teacher_starts_it_anew(trained: Path, data_only: Path) -> None:
+    place = teachers.folder(DIGITS, SPEC)
+    place.mkdir(parents=True)
+    (place / "training.safetensors").write_bytes(b"garbage")
+    teachers.train(DIGITS, SPEC, Compute(CPU))
+    whole = weights_of(next(trained.glob("teachers/digits/*")))
+    assert all(torch.equal(value, weights_of(place)[name]) for name, value in whole.items())
+
+
+def test_a_diverging_recipe_is_one_line(data_only: Path) -> None:
+    wild = TeacherSpec(model="convnet8", recipe=Recipe(epochs=2, lr=1e30, batch_size=64, include_validation=False))
+    with pytest.raises(UserError, match="diverged: lower the recipe's lr"):
+        teachers.train(DIGITS, wild, Compute(CPU))
+    assert not teachers.is_at_hand(DIGITS, wild)
+
+
+# --- Loading and verifying --------------------------------------------------------------------------------------------
+
+
+def test_altered_weights_are_refused_by_name(at_hand: Path) -> None:
+    path = at_hand / "weights.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=r"SHA-256 differs") as caught:
+        teachers.load(DIGITS, SPEC, CPU)
+    assert str(path) in one_line(caught)
+
+
+def test_missing_weights_are_refused_by_name(at_hand: Path) -> None:
+    (at_hand / "weights.safetensors").unlink()
+    with pytest.raises(UserError, match=at_hand.name):
+        teachers.load(DIGITS, SPEC, CPU)
+
+
+@pytest.mark.parametrize("text", ["", "{", '{"dataset": "digits"}'])
+def test_a_damaged_card_is_refused_by_name(text: str, at_hand: Path) -> None:
+    (at_hand / "teacher.json").write_text(text)
+    with pytest.raises(UserError, match=r"teacher\.json is damaged") as caught:
+        teachers.load(DIGITS, SPEC, CPU)
+    one_line(caught)
+
+
+def test_no_teacher_says_how_to_make_one(home: Path) -> None:
+    with pytest.raises(UserError, match="teacher train"):
+        teachers.load(DIGITS, SPEC, CPU)
+
+
+@pytest.mark.parametrize("change", [{"num_classes": 12}, {"image_shape": (3, 8, 8)}])
+def test_a_teacher_for_other_classes_or_channels_is_refused(change: dict[str, Any], at_hand: Path) -> None:
+    with pytest.raises(UserError, match="is for 10 classes and 1 channels, digits has") as caught:
+        teachers.load(replace(DIGITS, **change), SPEC, CPU)
+    assert at_hand.name in one_line(caught)
+
+
+def test_verify_measures_what_the_card_says(at_hand: Path) -> None:
+    assert teachers.verify(at_hand, DIGITS, None) == pytest.approx(teachers.read_card(at_hand).accuracy)
+
+
+def test_verify_sees_another_accuracy(at_hand: Path) -> None:
+    card = json.loads((at_hand / "teacher.json").read_text())
+    card["accuracy"]["test"] -= 1
+    (at_hand / "teacher.json").write_text(json.dumps(card))
+    with pytest.raises(UserError, match="test accuracy is") as caught:
+        teachers.verify(at_hand, DIGITS, None)
+    assert at_hand.name in one_line(caught)
+
+
+def test_the_list_holds_every_teacher(at_hand: Path) -> None:
+    assert [(place, card.spec) for place, card in teachers.list_teachers()] == [(at_hand, SPEC)]
+
+
+def test_no_teachers_yet(home: Path) -> None:
+    assert "no teachers yet" in str(teacher_commands.list_())
+
+
+def test_verify_of_an_unknown_name_lists_those_at_hand(at_hand: Path) -> None:
+    with pytest.raises(UserError, match=f"no teacher 'nobody'; at hand: {at_hand.name}"):
+        list(teacher_commands.verify("nobody", None, plugins.discover()))
+
+
+# --- Foreign checkpoints ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+@pytest.mark.parametrize("nested", [True, False])
+def test_a_foreign_checkpoint_is_taken_over(
+    prefix: str, nested: bool, at_hand: Path, pth: Callable[..., Path]
+) -> None:
+    weights = weights_of(at_hand)
+    state = {prefix + name: value for name, value in weights.items()}
+    card = import_checkpoint(pth({"state_dict": state, "epoch": 3} if nested else state), DIGITS, "convnet8")
+    assert card.accuracy["test"] == teachers.read_card(at_hand).accuracy["test"]
+    assert (card.origin, card.spec.recipe, card.spec.sha256) == ("imported from foreign.pth", None, card.sha256)
+    loaded = teachers.load(DIGITS, card.spec, CPU).model.state_dict()
+    assert all(torch.equal(value, loaded[name]) for name, value in weights.items())
+
+
+def test_the_newest_import_is_found(at_hand: Path, pth: Callable[..., Path]) -> None:
+    card = import_checkpoint(pth(weights_of(at_hand)), DIGITS, "convnet8")
+    found = teachers.find_imported(DIGITS, "convnet8")
+    assert found is not None
+    assert found.sha256 == card.sha256
+    assert teachers.find_imported(DIGITS, "wrn16_1") is None
+
+
+class Foreign:
+    """What a pickle may name and must not be run."""
+
+    def __reduce__(self) -> tuple[Callable[[str], int], tuple[str]]:
+        return os.system, ("echo this must not run",)
+
+
+def random_state(classes: int = 10, channels: int = 1) -> dict[str, Tensor]:
+    return build_model("convnet8", classes, channels).state_dict()
+
+
+def renamed() -> dict[str, Tensor]:
+    return {name.replace("classifier", "fc"): value for name, value in random_state().items()}
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (renamed, "does not fit convnet8: 2 missing (first: classifier.weight); 2 unknown (first: fc.weight)"),
+        (lambda: random_state(100), "does not fit convnet8 for digits (10 classes): classifier.weight has shape [100,"),
+        (lambda: random_state(10, 3), "does not fit convnet8 for digits (10 classes): "),
+        (lambda: {"state_dict": random_state(), "args": Foreign()}, "can't be read as weights only"),
+        (lambda: build_model("convnet8", 10, 1), "can't be read as weights only"),
+        (lambda: [1, 2], "holds no state dict"),
+        (lambda: {"epoch": 3}, "holds no state dict"),
+        (dict, "holds no state dict"),
+    ],
+    ids=["names", "classes", "channels", "code", "module", "list", "numbers", "empty"],
+)
+def test_what_does_not_fit_is_refused_in_one_line(
+    content: Callable[[], Any], words: str, data_only: Path, pth: Callable[..., Path], capfd: pytest.CaptureFixture[str]
+) -> None:
+    file = pth(content())
+    with pytest.raises(UserError) as caught:
+        import_checkpoint(file, DIGITS, "convnet8", minimum=0)
+    text = one_line(caught)
+    assert words in text
+    assert file.name in text
+    assert not list(data_only.glob("teachers/**/*"))
+    assert "must not run" not in capfd.readouterr().out
+
+
+def test_a_file_that_is_no_checkpoint(tmp_path: Path, data_only: Path) -> None:
+    file = tmp_path / "garbage.pth"
+    file.write_bytes(b"garbage")
+    with pytest.raises(UserError, match=r"garbage\.pth can't be read") as caught:
+        import_checkpoint(file, DIGITS, "convnet8")
+    one_line(caught)
+
+
+def test_a_checkpoint_near_chance_is_refused(data_only: Path, pth: Callable[..., Path]) -> None:
+    with pytest.raises(UserError, match="at least 50 % was expected") as caught:
+        import_checkpoint(pth(random_state()), DIGITS, "convnet8")
+    assert "--minimum 0" in one_line(caught)
+    assert not list(data_only.glob("teachers/**/*"))
+
+
+def test_the_bound_can_be_lowered(data_only: Path, pth: Callable[..., Path]) -> None:
+    assert import_checkpoint(pth(random_state()), DIGITS, "convnet8", minimum=0).accuracy["test"] < 50
+
+
+# Key names of zju-vipa/CMI's modules (datafree/models/classifiers/): all of the keys, built from their rule.
+NORM = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+
+
+def norm(name: str) -> list[str]:
+    return [f"{name}.{entry}" for entry in NORM]
+
+
+def resnet34_keys() -> list[str]:
+    keys = ["conv1.weight", *norm("bn1"), "linear.weight", "linear.bias"]
+    for stage, blocks in enumerate((3, 4, 6, 3), start=1):
+        for block in range(blocks):
+            at = f"layer{stage}.{block}"
+            keys += [f"{at}.conv1.weight", *norm(f"{at}.bn1"), f"{at}.conv2.weight", *norm(f"{at}.bn2")]
+            if stage > 1 and block == 0:
+                keys += [f"{at}.shortcut.0.weight", *norm(f"{at}.shortcut.1")]
+    return keys
+
+
+def wrn40_2_keys() -> list[str]:
+    keys = ["conv1.weight", *norm("bn1"), "fc.weight", "fc.bias"]
+    for group in (1, 2, 3):
+        for block in range(6):
+            at = f"block{group}.layer.{block}"
+            keys += [*norm(f"{at}.bn1"), f"{at}.conv1.weight", *norm(f"{at}.bn2"), f"{at}.conv2.weight"]
+            if block == 0:
+                keys.append(f"{at}.convShortcut.weight")
+    return keys
+
+
+def vgg11_keys() -> list[str]:
+    keys = ["classifier.weight", "classifier.bias"]
+    for block, layers in enumerate((1, 1, 2, 2, 2)):
+        for layer in range(layers):  # convolution, BatchNorm and ReLU take turns
+            keys += [f"block{block}.{3 * layer}.weight", f"block{block}.{3 * layer}.bias"]
+            keys += norm(f"block{block}.{3 * layer + 1}")
+    return keys
+
+
+@pytest.mark.parametrize(
+    ("model", "keys"), [("resnet34", resnet34_keys()), ("wrn40_2", wrn40_2_keys()), ("vgg11", vgg11_keys())]
+)
+def test_checkpoints_of_cmi_fit_by_their_names(model: str, keys: list[str]) -> None:
+    with torch.device("meta"):
+        ours = build_model(model, 10)
+    state = ours.state_dict()
+    foreign = {key: state[key] for key in state if key in keys}
+    foreign |= {key: torch.empty(0) for key in keys if key not in state}  # a name that we do not have
+    teachers._check_fits(foreign, ours, Path(f"cifar10_{model}.pth"), model, COLOURS)
+    assert sorted(state) == sorted(keys)
+
+
+def test_a_model_for_colours_is_taken_over_whole(home: Path, pth: Callable[..., Path]) -> None:
+    model: nn.Module = build_model("wrn16_1", 10)
+    card = import_checkpoint(pth({"state_dict": model.state_dict()}), COLOURS, "wrn16_1", minimum=0)
+    loaded = teachers.load(COLOURS, card.spec, CPU).model
+    images = torch.rand(2, 3, 32, 32)
+    assert torch.equal(loaded(images), model.eval()(images))
+
+
+def test_the_files_name_tells_data_set_and_model(at_hand: Path, pth: Callable[..., Path]) -> None:
+    file = pth(weights_of(at_hand), "digits_convnet8.pth")
+    line = teacher_commands.import_(file, None, None, None, None, plugins.discover())
+    assert line.startswith("convnet8-")
+    assert "on digits: " in line
+
+
+@pytest.mark.parametrize(
+    ("name", "dataset_name", "model", "words"),
+    [
+        ("teacher.pth", None, None, "does not tell data set and model"),
+        ("digit_convnet8.pth", None, None, "unknown data set 'digit': did you mean 'digits'"),
+        ("digits_convnet9.pth", None, None, "unknown model 'convnet9': did you mean 'convnet"),
+        ("gone.pth", "digits", "convnet8", "there is no file"),
+    ],
+)
+def test_an_import_with_a_wrong_name_is_one_line(
+    name: str, dataset_name: str | None, model: str | None, words: str, data_only: Path, pth: Callable[..., Path]
+) -> None:
+    file = pth({}, name)
+    if "no file" in words:
+        file.unlink()
+    with pytest.raises(UserError) as caught:
+        teacher_commands.import_(file, dataset_name, model, None, None, plugins.discover())
+    assert words in one_line(caught)
+
+
+# --- The commands -----------------------------------------------------------------------------------------------------
+
+
+def command_train(settings: list[str], protocol: str | None = None) -> str:
+    return teacher_commands.train(
+        "digits", "convnet8", protocol, settings, "cpu", "auto", None, plugins.discover(), lambda progress: None
+    )
+
+
+def test_teacher_train_makes_the_teacher_that_run_takes(at_hand: Path) -> None:
+    """Protocol `smoke` of digits has the recipe of ``SPEC`` but for the epochs."""
+    assert command_train(["teacher.epochs=3"]).endswith("(at hand)")
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["teacher.epoch=3"], "did you mean 'epochs'"),
+        (["teacher.lr=-1"], "teacher: lr"),
+        (["nayer.lr=1"], "expected teacher.SETTING=VALUE"),
+    ],
+)
+def test_a_wrong_teacher_setting_is_one_line(settings: list[str], words: str, data_only: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        command_train(settings)
+    assert words in one_line(caught)
+
+
+def test_a_card_reads_back(at_hand: Path) -> None:
+    card = teachers.read_card(at_hand)
+    assert TeacherCard.model_validate_json(card.model_dump_json()) == card
