@@ -7,6 +7,8 @@ small differences.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -44,3 +46,33 @@ def masked_adversarial(student_logits: Tensor, teacher_logits: Tensor) -> Tensor
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """Mean cross entropy, 0-d. ``targets``: class indices [b]. The one-hot (class-prior) loss of pool methods."""
     return F.cross_entropy(_full(logits), targets)
+
+
+def confidence(logits: Tensor) -> Tensor:
+    """Mean cross entropy to the logits' own argmax, 0-d, in [0, ln K]. No gradient through the label.
+
+    Source: DAFL (ICCV 2019), "one-hot loss"; zju-vipa/CMI, datafree/synthesis/generative.py.
+    """
+    return cross_entropy(logits, logits.argmax(dim=1))
+
+
+def class_balance(logits: Tensor, base: float = math.e) -> Tensor:
+    """Minus the entropy of the batch's mean class probabilities, 0-d: -log K if all classes are used equally, 0 if one.
+
+    The mean is taken in logarithms, so a class that is never predicted counts 0 and not 0 * -inf = NaN as in the
+    released codes; other values are theirs. ``base`` of the logarithm: e in zju-vipa/CMI,
+    datafree/synthesis/generative.py; 10 in DAFL's own code ("information entropy"), which is 0.434 times as much.
+    """
+    log_probabilities = F.log_softmax(_full(logits), dim=1)
+    log_mean = torch.logsumexp(log_probabilities, dim=0) - math.log(logits.shape[0])
+    return (log_mean.exp() * log_mean).sum() / math.log(base)
+
+
+def activation(features: Tensor) -> Tensor:
+    """Minus the mean absolute value of ``features`` (any shape), 0-d. Source: DAFL (ICCV 2019), activation loss."""
+    return -_full(features).abs().mean()
+
+
+def logit_distance(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    """Mean absolute difference over b and K, 0-d. Source: DFAD (arXiv 1912.11006), for student and generator alike."""
+    return (_full(student_logits) - _full(teacher_logits)).abs().mean()

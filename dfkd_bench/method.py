@@ -46,7 +46,12 @@ Origin = Literal["paper", "code", "third-party", "transferred", "ours"]
 """Where a set of hyper-parameters comes from. ``transferred``: a published set for another cell, used unchanged."""
 
 Need = Literal["batchnorm", "label_text", "unlabelled", "initial_images", "training_data"]
-"""What a method asks of its task. ``training_data`` is for controls only."""
+"""What a method asks of its task.
+
+``batchnorm``: a teacher with BatchNorm2d layers. ``label_text``: label-text embeddings; the ``Config`` has ``encoder``
+and ``prompt``. ``unlabelled``: images of another data set or folder; the ``Config`` has ``pool``. ``initial_images``:
+images to begin with; the ``Config`` has ``initial_images``, a folder or None. ``training_data``: controls only.
+"""
 
 
 class Classifier(Protocol):

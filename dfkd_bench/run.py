@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from dfkd_bench import data, plugins, record, teachers, text
+from dfkd_bench import data, lend, plugins, record, teachers, text
 from dfkd_bench.augment import Normalize, random_crop_flip
 from dfkd_bench.checkpoint import random_state, restore_random_state, seed_everything
 from dfkd_bench.clock import Clock, peak_memory, total
@@ -22,7 +22,7 @@ from dfkd_bench.compute import Compute, hardware, resolve_device, set_threads
 from dfkd_bench.errors import UserError, disk_error
 from dfkd_bench.evaluate import evaluate, logits_of
 from dfkd_bench.job import Job
-from dfkd_bench.method import LabelledImages, Method, Progress, Task
+from dfkd_bench.method import Method, Progress, Task
 from dfkd_bench.models import build_model
 from dfkd_bench.optimise import build_optimizer, learning_rate, set_learning_rate
 from dfkd_bench.paths import home
@@ -168,7 +168,7 @@ class _Run:
             for name in ("pool", "augment", "method")
         }
         with self.watch.on():
-            task = self._task(method_class, streams)
+            task = self._task(method_class, config, streams)
             reason = self._unsupported(method_class, config, task)
             if reason is None:
                 bench = self._set_up(method_class, config, task, streams)
@@ -210,7 +210,15 @@ class _Run:
 
     # -- before the loop ------------------------------------------------------------------------------------------
 
-    def _task(self, method_class: type[Method], streams: dict[str, torch.Generator]) -> Task:
+    def _task(self, method_class: type[Method], config: Any, streams: dict[str, torch.Generator]) -> Task:
+        needs, root, shape = method_class.needs, self.place.data_root, self.dataset.image_shape
+        lent: dict[str, Any] = {}
+        if "training_data" in needs:
+            lent["training_data"] = lend.training_data(self.dataset, self.job.teacher, root, self.device)
+        if "unlabelled" in needs:
+            lent["unlabelled"] = lend.pool(config.pool, self.dataset, root, self.device, self.found.datasets)
+        if "initial_images" in needs and config.initial_images is not None:
+            lent["initial_images"] = lend.folder_images(Path(config.initial_images), shape).to(self.device)
         padding, flip = self.dataset.image_shape[1] // 8, self.dataset.flip_keeps_class
         augment_stream = streams["augment"]
         return Task(
@@ -226,12 +234,8 @@ class _Run:
             crop_padding=padding,
             rng=streams["method"],
             label_embeddings=self._label_embeddings,
-            training_data=self._training_data() if "training_data" in method_class.needs else None,
+            **lent,
         )
-
-    def _training_data(self) -> LabelledImages:
-        splits = teachers.training_splits(self.job.teacher)
-        return teachers.labelled(self.dataset, splits, self.place.data_root, self.device)
 
     def _label_embeddings(self, encoder: str, prompt: str) -> Tensor:
         with self.watch.runner():  # a matrix of the user's (file:PATH) is no data file that the method opened
@@ -249,9 +253,6 @@ class _Run:
         has_batchnorm = any(isinstance(module, nn.BatchNorm2d) for module in self.teacher.model.modules())
         if "batchnorm" in method_class.needs and not has_batchnorm:
             return f"teacher {self.job.teacher.model} has no BatchNorm2d layer"
-        for need in ("unlabelled", "initial_images"):
-            if need in method_class.needs and getattr(task, need) is None:
-                return f"the method needs {need.replace('_', ' ')}, which runs do not lend yet"
         return method_class.unsupported(config, task)
 
     def _set_up(

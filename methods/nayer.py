@@ -238,8 +238,8 @@ Nayer.search = {
 }
 Nayer.smoke = {
     "digits": Published(
-        schedule=Schedule(epochs=23, warmup_epochs=3, student_steps=30, batch_size=128, lr=0.1, lr_min=2e-4),
-        config={**SMALL, "generator_steps": 20, "loops": 1, "warmup_loops": 4},
+        schedule=Schedule(epochs=23, warmup_epochs=3, student_steps=30, batch_size=128, lr=0.2, lr_min=2e-4),
+        config={**SMALL, "generator_steps": 20, "loops": 2, "warmup_loops": 4, "generator_lr": 0.01},
         origin="ours",
         source="results/trials/digits.json: eight trials on the validation split",
     ),

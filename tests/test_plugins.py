@@ -1,4 +1,4 @@
-"""Finding methods, data sets and models: built in, by entry point, in a file; and what is wrong with them, in a line."""
+"""Finding methods, data sets and models: built in, by entry point, in a file; and in a line what is wrong with them."""
 
 from __future__ import annotations
 
@@ -91,14 +91,14 @@ def test_a_built_in_method_can_be_imported_and_has_a_card(name: str) -> None:
     assert found.source(name).card()["title"]
 
 
-def test_names_and_cards_are_known_without_importing_torch_or_a_method() -> None:
+def test_names_and_cards_are_known_without_importing_torch_or_a_method(tmp_path: Path) -> None:
     script = (
         "import sys; from dfkd_bench import plugins; found = plugins.discover(); "
         "titles = [source.card()['title'] for source in found.methods.values()]; "
         "heavy = [n for n in ('torch', 'numpy', 'dfkd_bench.methods.nayer') if n in sys.modules]; "
         "sys.exit(f'imported: {heavy}' if heavy or not titles else 0)"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")
 
 

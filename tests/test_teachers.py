@@ -228,9 +228,7 @@ def test_verify_of_an_unknown_name_lists_those_at_hand(at_hand: Path) -> None:
 
 @pytest.mark.parametrize("prefix", ["", "module."])
 @pytest.mark.parametrize("nested", [True, False])
-def test_a_foreign_checkpoint_is_taken_over(
-    prefix: str, nested: bool, at_hand: Path, pth: Callable[..., Path]
-) -> None:
+def test_a_foreign_checkpoint_is_taken_over(prefix: str, nested: bool, at_hand: Path, pth: Callable[..., Path]) -> None:
     weights = weights_of(at_hand)
     state = {prefix + name: value for name, value in weights.items()}
     card = import_checkpoint(pth({"state_dict": state, "epoch": 3} if nested else state), DIGITS, "convnet8")

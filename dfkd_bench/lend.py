@@ -1,0 +1,78 @@
+"""What the runner lends to methods that ask for it in ``needs``: training images, an unlabelled pool, first images."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dfkd_bench import data, teachers
+from dfkd_bench.data import DataSet
+from dfkd_bench.errors import UserError
+from dfkd_bench.job import TeacherSpec
+from dfkd_bench.method import LabelledImages
+
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
+
+
+def training_data(dataset: DataSet, spec: TeacherSpec, root: Path | None, device: torch.device) -> LabelledImages:
+    """What the teacher was trained on; for controls only."""
+    return teachers.labelled(dataset, teachers.training_splits(spec), root, device)
+
+
+def pool(
+    name: str, dataset: DataSet, root: Path | None, device: torch.device, extra: Mapping[str, DataSet] | None = None
+) -> Tensor:
+    """Unlabelled images of another data set (its training split) or of a folder, in the shape of ``dataset``.
+
+    ``name``: a data set's name, or ``folder:PATH`` with any images below it. uint8 [n, C, H, W] on ``device``; the
+    teacher's own data set is refused.
+    """
+    if name.startswith(data.FOLDER_PREFIX):
+        return folder_images(Path(name.removeprefix(data.FOLDER_PREFIX)), dataset.image_shape).to(device)
+    other = data.dataset(name, root, extra)
+    if other.name == dataset.name:
+        raise UserError(f"pool '{name}' is the teacher's own data set: name another one, or folder:PATH")
+    images = torch.from_numpy(other.split("train").images.copy())
+    return fit(images, dataset.image_shape).to(device)
+
+
+def folder_images(folder: Path, shape: tuple[int, int, int]) -> Tensor:
+    """All images below ``folder`` in the order of their paths, uint8 [n, C, H, W]."""
+    from PIL import Image
+    from torchvision.transforms.functional import pil_to_tensor
+
+    folder = folder.expanduser()
+    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    if not files:
+        raise UserError(f"there are no images ({', '.join(sorted(IMAGE_SUFFIXES))}) below {folder}")
+    images = []
+    for path in files:
+        try:
+            with Image.open(path) as image:
+                pixels = pil_to_tensor(image.convert("RGB" if shape[0] == 3 else "L"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path} can't be read as an image ({error}): replace or remove it") from None
+        images.append(fit(pixels.unsqueeze(0), shape))
+    return torch.cat(images)
+
+
+def fit(images: Tensor, shape: tuple[int, int, int]) -> Tensor:
+    """uint8 images [n, c, h, w] in another shape (C, H, W): gray is repeated, colour becomes luma (ITU-R 601), sides
+    are resized bilinearly with antialiasing, without keeping the proportions."""
+    channels, height, width = shape
+    if images.shape[1:] == shape:
+        return images
+    parts = []
+    for part in images.split(1024):
+        pixels = part.float()
+        if pixels.shape[1] == 3 and channels == 1:
+            weights = torch.tensor([0.299, 0.587, 0.114], device=pixels.device).view(1, 3, 1, 1)
+            pixels = (pixels * weights).sum(1, keepdim=True)
+        if pixels.shape[2:] != (height, width):
+            pixels = F.interpolate(pixels, size=(height, width), mode="bilinear", antialias=True, align_corners=False)
+        parts.append(pixels.round_().clamp_(0, 255).to(torch.uint8).expand(-1, channels, -1, -1))
+    return torch.cat(parts).contiguous()

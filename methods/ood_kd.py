@@ -1,0 +1,61 @@
+"""Control: knowledge distillation with real images of an unrelated data set.
+
+Real pixels, wrong content: what distillation gets from images that nobody made for the purpose. The pool is the
+user's choice and is named in the record; it is never the teacher's own data set.
+
+Differences from the paper
+1. There is no paper; all images of the pool are used, none is selected (DFND and ODSD select).
+
+Differences from the released code
+1. There is none; the schedule is that of the table's first data-free method.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from pydantic import Field
+from torch import nn
+
+from dfkd_bench.augment import to_unit
+from dfkd_bench.method import Batch, Method, MethodConfig, PoolView, Progress, Synthesis, Task
+from dfkd_bench.shuffle import Shuffle
+
+CARD = {
+    "title": "KD with real images of another data set",
+    "family": "control",
+    "year": None,
+    "venue": "",
+    "confirmed": True,
+    "knowledge": "an unlabelled pool",
+}
+
+
+class Config(MethodConfig):
+    """Which images."""
+
+    pool: str = Field("fashion_mnist", description="a data set's name, or folder:PATH with any images below it")
+
+
+class OutOfDomainKD(Method):
+    """KL divergence to the teacher on the pool's images, augmented as in training."""
+
+    Config = Config
+    needs = frozenset({"unlabelled"})
+    tiny: ClassVar = {"pool": "digits"}  # always at hand
+
+    def __init__(self, config: Config, task: Task) -> None:
+        super().__init__(config, task)
+        self.shuffle = Shuffle(task.rng, task.device)
+
+    def synthesize(self, student: nn.Module, at: Progress) -> Synthesis:
+        return Synthesis(None)
+
+    def student_batch(self, pool: PoolView, size: int, at: Progress) -> Batch:
+        images = self.task.unlabelled
+        assert images is not None  # lent because `needs` asks for it
+        return Batch(self.task.normalize(self.task.augment(to_unit(images[self.shuffle.next(len(images), size)]))))
+
+    @classmethod
+    def outside_knowledge(cls, config: Config) -> str | None:
+        return f"an unlabelled pool ({config.pool})"

@@ -1,0 +1,480 @@
+"""The command line: exit codes, one line for wrong input, and the README's job from the first run to the last table."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytest
+import torch
+
+from dfkd_bench import cli, data, listing, plan
+from dfkd_bench.models import build_model
+from dfkd_bench.record import read_all
+
+FAILING = """
+from dfkd_bench.method import Method, MethodConfig, Synthesis
+
+class Failing(Method):
+    Config = MethodConfig
+    def synthesize(self, student, at):
+        raise ZeroDivisionError("no luck")
+"""
+SLOW = """
+import time
+import torch
+from dfkd_bench.method import Method, MethodConfig, Synthesis
+
+class Slow(Method):
+    Config = MethodConfig
+    def synthesize(self, student, at):
+        time.sleep(0.3)
+        return Synthesis(torch.rand(16, *self.task.image_shape))
+"""
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+    def error(self) -> str:
+        """Its only line on stderr, of wrong input."""
+        assert (self.code, self.out) == (2, "")
+        assert self.err.startswith("error: ")
+        assert self.err.count("\n") == 1
+        return self.err
+
+
+Command = Callable[..., Ended]
+
+
+@pytest.fixture
+def command(home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Command]:
+    """``command("list", "methods")``: the console script in this process, with an empty home and no network."""
+
+    def no_network(address: str) -> NoReturn:
+        raise OSError("no network in tests")
+
+    def call(*arguments: object) -> Ended:
+        monkeypatch.setattr(sys, "argv", ["dfkd-bench", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        assert isinstance(ended.value.code, int)
+        captured = capsys.readouterr()
+        return Ended(ended.value.code, captured.out, captured.err)
+
+    monkeypatch.delenv("DFKD_BENCH_DATA", raising=False)
+    monkeypatch.delenv("DFKD_BENCH_RESULTS", raising=False)
+    monkeypatch.setattr(data, "_download", no_network)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.chdir(home.parent)
+    before = signal.getsignal(signal.SIGTERM)
+    yield call
+    signal.signal(signal.SIGTERM, before)
+
+
+def write(folder: Path, name: str, text: str) -> Path:
+    path = folder / name
+    path.write_text(text)
+    return path
+
+
+DIGITS = ("-m", "nayer", "-d", "digits")
+
+# --- Wrong input ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("run", "-m", "nayr", "-d", "digits"), "unknown method 'nayr': did you mean 'nayer'?"),
+        (("run", "-m", "nayer", "-d", "digit"), "unknown data set 'digit': did you mean 'digits'?"),
+        (("run", *DIGITS, "--pair", "wrn16_2:wrn16_3"), "unknown model 'wrn16_3': did you mean 'wrn16_"),
+        (("run", *DIGITS, "--pair", "wrn16_2"), "expected TEACHER:STUDENT"),
+        (("run", "smoke_digit"), "unknown suite 'smoke_digit': did you mean 'smoke_digits'?"),
+        (("run", "gone.toml"), "there is no suite file gone.toml"),
+        (("run",), "give --methods and --dataset"),
+        (("run", "smoke_digits", "-m", "fm"), "leave out --methods"),
+        (("run", *DIGITS, "--protocol", "smok"), "unknown protocol 'smok': did you mean 'smoke'?"),
+        (("run", *DIGITS, "--split", "train"), "unknown split 'train'"),
+        (("run", *DIGITS, "--precision", "fp16"), "unknown precision 'fp16'"),
+        (("run", *DIGITS, "--rerun", "fail"), "did you mean 'failed'?"),
+        (("run", *DIGITS, "-s", "nayer.generator_step=4"), "did you mean 'generator_steps'?"),
+        (("run", *DIGITS, "-s", "nayr.loops=4"), "did you mean 'nayer'?"),
+        (("run", *DIGITS, "-s", "nayer.loops"), "expected METHOD.SETTING=VALUE"),
+        (("run", *DIGITS, "-s", "nayer.loops=0"), "nayer: loops: Input should be greater than or equal to 1"),
+        (("run", *DIGITS, "-s", "nayer.lr=fast"), "nayer: lr: Input should be a valid number"),
+        (("run", *DIGITS, "-s", "nayer.encoder=sbrt"), "sbrt"),
+        (("run", *DIGITS, "--seeds", "2-0"), "did you mean 0-2?"),
+        (("run", *DIGITS, "--seeds", "one"), "expected numbers and ranges"),
+        (("run", *DIGITS, "--device", "cuda"), "this machine has 0 CUDA devices"),
+        (("run", *DIGITS, "--device", "gpu"), "expected auto, cpu, cuda or cuda:N"),
+        (("run", *DIGITS, "--workers", "0"), "--workers"),
+        (("run", *DIGITS, "--plugin", "gone.py"), "there is no plugin file"),
+        (("run", *DIGITS, "--epochs", "3"), "--epochs"),
+        (("run", "-m", "nayer", "-d", "folder:gone"), "gone"),
+        (("run", "-m", "nayer", "-d", "mnist"), "mnist"),
+        (("rum",), "rum"),
+        (("list", "method"), "unknown kind 'method': did you mean 'methods'?"),
+        (("describe", "nayr"), "did you mean 'nayer'?"),
+        (("check", "gone.py"), "there is no plugin file"),
+        (("table", *DIGITS), "there are no records"),
+        (("table", *DIGITS, "--format", "html"), "unknown format 'html'"),
+        (("plot", *DIGITS), "there are no records"),
+        (("teacher", "train", "-d", "digits", "--model", "wrn16_3"), "unknown model 'wrn16_3'"),
+        (("teacher", "train", "-d", "digits", "-s", "teacher.epoch=3"), "did you mean 'epochs'?"),
+        (("teacher", "import", "digits_convnet8.pth"), "there is no file"),
+        (("teacher", "verify", "nobody"), "there is no teacher 'nobody'"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_wrong_input_is_one_line_and_leaves_nothing(
+    arguments: tuple[str, ...], words: str, command: Command, home: Path
+) -> None:
+    assert words in command(*arguments, *(("-q",) if arguments[0] == "run" else ())).error()
+    assert not (home.parent / "dfkd-results" / "records").exists()
+    assert not (home / "runs").exists()
+
+
+def test_a_missing_data_set_says_what_was_looked_for_and_where(command: Command, tmp_path: Path) -> None:
+    line = command("run", "-q", "-m", "nayer", "-d", "mnist", "--data-root", tmp_path).error()
+    assert "train-images-idx3-ubyte.gz" in line
+    assert str(tmp_path) in line
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("mine.py", "import no_such_package", "fails to import: ModuleNotFoundError"),
+        ("mine.py", "def (:", "fails to import: SyntaxError"),
+        ("nayer.py", FAILING, "two methods are called 'nayer': built-in of dfkd-bench and file "),
+    ],
+)
+def test_a_wrong_plugin_is_one_line(name: str, text: str, words: str, command: Command, tmp_path: Path) -> None:
+    path = write(tmp_path, name, text)
+    line = command("run", *DIGITS, "--plugin", path).error()
+    assert words in line
+    assert str(path) in line
+
+
+def test_a_method_that_wants_text_without_saying_which_is_one_line(command: Command, tmp_path: Path) -> None:
+    text = FAILING.replace("    Config", "    needs = frozenset({'label_text'})\n    Config")
+    path = write(tmp_path, "mine.py", text)
+    assert (
+        "no settings `encoder` and `prompt`" in command("run", "-m", "mine", "-d", "digits", "--plugin", path).error()
+    )
+
+
+def test_an_output_that_cannot_be_written_is_told_before_the_work(command: Command, tmp_path: Path) -> None:
+    blocked = write(tmp_path, "file", "no folder") / "results"
+    assert str(blocked) in command("run", "-q", *DIGITS, "-o", blocked).error()
+
+
+def test_a_home_that_cannot_be_written_is_one_line(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DFKD_BENCH_HOME", str(write(tmp_path, "file", "no folder") / "home"))
+    line = command("teacher", "train", "-q", "-d", "digits", "-s", "teacher.epochs=1").error()
+    assert "file" in line
+
+
+def test_a_teacher_for_other_classes_is_refused(command: Command, tmp_path: Path) -> None:
+    path = tmp_path / "digits_convnet8.pth"
+    torch.save({"state_dict": build_model("convnet8", 100, 1).state_dict()}, path)
+    assert "does not fit convnet8 for digits (10 classes)" in command("teacher", "import", path).error()
+
+
+def test_a_damaged_record_is_named(command: Command, tmp_path: Path) -> None:
+    (job,) = re.findall(r"^([0-9a-f]{12}) ", command("plan", *DIGITS, "--no-controls").out, re.MULTILINE)
+    path = tmp_path / "dfkd-results" / "records" / "digits" / "nayer" / f"{job}.json"
+    path.parent.mkdir(parents=True)
+    path.write_text("{")
+    line = command("table", *DIGITS, "--no-controls").error()
+    assert path.name in line
+    assert path.read_text() == "{"  # it is left as it is
+
+
+def test_any_error_of_the_disk_is_one_line(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> NoReturn:
+        raise OSError(28, "No space left on device", "/somewhere")
+
+    monkeypatch.setattr(plan, "carry_out", full)
+    assert "/somewhere: No space left on device" in command("run", "-q", *DIGITS).error()
+
+
+# --- Stopping ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, 3), (signal.SIGINT, 130)])
+def test_a_stopped_command_says_that_nothing_is_lost(
+    sent: signal.Signals, code: int, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: Any, **__: Any) -> None:
+        os.kill(os.getpid(), sent)
+        time.sleep(5)
+
+    monkeypatch.setattr(plan, "carry_out", stop)
+    ended = command("run", "-q", *DIGITS)
+    assert ended.code == code
+    assert "nothing is lost, the same command goes on" in ended.err
+    assert "Traceback" not in ended.err
+
+
+# --- Looking ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "names"),
+    [
+        ("methods", ["nayer", "fm", "scratch"]),
+        ("datasets", ["digits", "cifar10", "folder:PATH"]),
+        ("models", ["wrn40_2", "resnet34"]),
+        ("suites", ["smoke_digits", "nayer_cifar10"]),
+    ],
+)
+def test_list(kind: str, names: list[str], command: Command) -> None:
+    ended = command("list", kind)
+    assert (ended.code, ended.err) == (0, "")
+    assert set(names) <= {line.split()[0] for line in ended.out.splitlines() if line}
+
+
+def test_every_kind_is_listed_here() -> None:
+    assert set(listing.KINDS) == {"methods", "datasets", "models", "suites"}
+
+
+def test_a_broken_package_is_a_warning_only(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    facts = tmp_path / "site" / "their_bad-1.dist-info"
+    facts.mkdir(parents=True)
+    (facts / "METADATA").write_text("Metadata-Version: 2.1\nName: their-bad\nVersion: 1\n")
+    (facts / "entry_points.txt").write_text("[dfkd_bench.models]\ntheirs = no_such_module:x\n")
+    monkeypatch.syspath_prepend(str(facts.parent))
+    ended = command("list", "methods")
+    assert ended.code == 0
+    assert ended.err.startswith("warning: models plugin 'theirs'")
+    assert "nayer" in ended.out
+
+
+def test_describe_shows_settings_with_bounds_and_sources(command: Command) -> None:
+    ended = command("describe", "nayer")
+    assert ended.code == 0
+    assert re.search(r"generator_steps +int +40 +>= 1", ended.out)
+    assert "2310.00258" in ended.out
+    assert "scripts/nayer_100.sh" in ended.out
+
+
+def test_plan_starts_nothing(command: Command, home: Path) -> None:
+    ended = command("plan", "smoke_digits")
+    assert (ended.code, ended.err) == (0, "")
+    assert "25 jobs: 25 new (protocol smoke, fp32)" in ended.out
+    assert "teacher to be trained first: wrn16_2 on digits (30 epochs)" in ended.out
+    assert list(home.parent.iterdir()) == []
+
+
+def test_a_dry_run_is_a_plan(command: Command, home: Path) -> None:
+    assert command("run", "--dry-run", *DIGITS).out == command("plan", *DIGITS).out
+    assert list(home.parent.iterdir()) == []
+
+
+def test_version(command: Command) -> None:
+    assert command("--version").out == f"dfkd-bench {importlib.metadata.version('dfkd-bench')}\n"
+
+
+def test_doctor_names_what_is_there(command: Command) -> None:
+    ended = command("doctor")
+    assert ended.code == 0
+    assert "teachers: none yet" in ended.out
+
+
+def test_without_a_command_the_help_is_shown(command: Command) -> None:
+    ended = command()
+    assert ended.code == 2
+    assert "Usage" in ended.out + ended.err
+
+
+def test_looking_does_not_import_torch(tmp_path: Path) -> None:
+    script = (
+        "import sys\nfrom dfkd_bench import cli\n"
+        "for line in ('--help', 'run --help', 'list methods', 'list datasets', 'list models', 'list suites'):\n"
+        "    sys.argv = ['dfkd-bench', *line.split()]\n"
+        "    try:\n        cli.main()\n"
+        "    except SystemExit as ended:\n        assert ended.code == 0, line\n"
+        "    assert 'torch' not in sys.modules, line\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+# --- check ------------------------------------------------------------------------------------------------------------
+
+
+def test_check_of_a_wrong_method_says_what_fails(command: Command, tmp_path: Path) -> None:
+    ended = command("check", write(tmp_path, "failing.py", FAILING))
+    assert ended.code == 1
+    assert re.search(r"^FAIL +images_shape +.*ZeroDivisionError: no luck", ended.out, re.MULTILINE)
+    assert re.search(r"^ok +config_frozen", ended.out, re.MULTILINE)
+
+
+# --- The README's job -------------------------------------------------------------------------------------------------
+
+TINY = {
+    "teacher": {"epochs": 1},
+    "nayer": {
+        "epochs": 2, "warmup_epochs": 1, "student_steps": 3, "batch_size": 16, "synthesis_batch_size": 12,
+        "generator_steps": 2, "warmup_loops": 1, "noisy_width": 8, "generator_width": 4,
+    },
+    "fm": {
+        "epochs": 2, "warmup_epochs": 1, "student_steps": 3, "batch_size": 16, "synthesis_batch_size": 12,
+        "generator_steps": 2, "latent_dim": 8, "generator_width": 4,
+    },
+    "slow": {"epochs": 8, "warmup_epochs": 0, "student_steps": 1, "batch_size": 16},
+}  # fmt: skip
+ROWS = ("scratch", "real_kd", "noise_kd", "nayer", "fm")
+
+
+class Place:
+    """A folder in which the installed command is run as a user runs it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.home, self.output = folder, folder / "home", folder / "results"
+        self.environment = os.environ | {
+            "DFKD_BENCH_HOME": str(self.home),
+            "DFKD_BENCH_RESULTS": str(self.output),
+            "OMP_NUM_THREADS": "1",
+            "HF_HUB_OFFLINE": "1",
+            "MPLBACKEND": "Agg",
+        }
+
+    def start(self, methods: str, *more: str) -> subprocess.Popen[str]:
+        owners = ("teacher", *methods.split(","))
+        settings = [f"{owner}.{key}={value}" for owner in owners for key, value in TINY.get(owner, {}).items()]
+        options = [part for setting in settings for part in ("-s", setting)]
+        return subprocess.Popen(
+            [sys.executable, "-m", "dfkd_bench", "run", "--methods", methods, "--dataset", "digits", "--device", "cpu",
+             "--pair", "convnet8:convnet8", *options, *more],
+            cwd=self.folder, env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            start_new_session=True,
+        )  # fmt: skip
+
+    def run(self, methods: str, *more: str) -> Ended:
+        process = self.start(methods, *more)
+        out, err = process.communicate(timeout=200)
+        return Ended(process.returncode, out, err)
+
+    def stamps(self) -> dict[str, int]:
+        return {path.name: path.stat().st_mtime_ns for path in self.output.glob("records/*/*/*.json")}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    return Place(tmp_path_factory.mktemp("readme"))
+
+
+@pytest.fixture(scope="module")
+def finished(place: Place) -> Ended:
+    """The README's first command, at a tiny schedule."""
+    return place.run("nayer,fm")
+
+
+def table_of(ended: Ended) -> str:
+    return ended.out.partition("\ntable: ")[0]
+
+
+def test_the_main_job_prints_a_table_with_all_rows(finished: Ended) -> None:
+    assert finished.code == 0, finished.err
+    assert "Traceback" not in finished.err
+    rows = [line.split()[0].rstrip("‡") for line in table_of(finished).splitlines() if line]
+    assert [name for name in rows if name in ROWS] == list(ROWS)
+
+
+def test_the_main_job_leaves_records_table_and_figure(finished: Ended, place: Place) -> None:
+    records = list(read_all(place.output))
+    assert sorted(record.job.method for record in records) == sorted(ROWS)
+    assert {record.status for record in records} == {"done"}
+    for name in ("tables/nayer-fm_digits.md", "tables/nayer-fm_digits.csv", "figures/nayer-fm_digits.png"):
+        assert (place.output / name).stat().st_size > 0
+
+
+def test_progress_goes_to_stderr_with_the_time_left(finished: Ended) -> None:
+    assert re.search(r"^5/5 .* left\)$", finished.err, re.MULTILINE)
+
+
+def test_the_same_command_again_runs_nothing_and_prints_the_same(finished: Ended, place: Place) -> None:
+    before = place.stamps()
+    again = place.run("nayer,fm")
+    assert (again.code, again.err) == (0, "")
+    assert table_of(again) == table_of(finished)
+    assert place.stamps() == before
+
+
+@dataclass(frozen=True)
+class Interrupted:
+    """A command that met Ctrl-C, a damaged checkpoint, and then went on."""
+
+    stopped: Ended
+    damaged: Ended
+    resumed: Ended
+    run_id: str
+
+
+@pytest.fixture(scope="module")
+def interrupted(finished: Ended, place: Place) -> Interrupted:
+    files = [write(place.folder, f"{name}.py", text) for name, text in (("failing", FAILING), ("slow", SLOW))]
+    options = ("failing,slow", "--no-controls", "-q", "--plugin", str(files[0]), "--plugin", str(files[1]))
+    process = place.start(*options)
+    deadline = time.monotonic() + 100
+    states: list[Path] = []
+    while not states:
+        assert process.poll() is None, process.communicate()
+        if time.monotonic() > deadline:
+            os.killpg(process.pid, signal.SIGKILL)
+            pytest.fail("no checkpoint in time")
+        time.sleep(0.05)
+        states = list(place.home.glob("runs/*/checkpoint/state.safetensors"))
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the children, too
+    out, err = process.communicate(timeout=60)
+    content = states[0].read_bytes()
+    states[0].write_bytes(b"garbage")
+    damaged = place.run(*options)
+    states[0].write_bytes(content)
+    return Interrupted(Ended(process.returncode, out, err), damaged, place.run(*options), states[0].parts[-3])
+
+
+def test_ctrl_c_ends_with_130_and_one_line(interrupted: Interrupted) -> None:
+    assert interrupted.stopped.code == 130
+    assert interrupted.stopped.err.strip() == "stopped: nothing is lost, the same command goes on where this one ended"
+
+
+def test_a_damaged_checkpoint_is_named_and_left_alone(interrupted: Interrupted) -> None:
+    assert f"the checkpoint of run {interrupted.run_id} can't be read" in interrupted.damaged.error()
+
+
+def test_the_same_command_goes_on_after_ctrl_c(interrupted: Interrupted, place: Place) -> None:
+    (record,) = [record for record in read_all(place.output) if record.job.method == "slow"]
+    assert (record.status, record.resumes) == ("done", 1)
+    assert [point.epoch for point in record.curve] == list(range(8))
+
+
+def test_a_failed_run_is_a_row_and_exit_code_1(interrupted: Interrupted, place: Place) -> None:
+    assert interrupted.resumed.code == 1
+    assert "failed: ZeroDivisionError: no luck (seed 0)" in interrupted.resumed.out
+    (record,) = [record for record in read_all(place.output) if record.job.method == "failing"]
+    assert record.status == "failed"
+
+
+def test_a_resumed_run_goes_on_with_its_metrics_file(interrupted: Interrupted, place: Place) -> None:
+    lines = (place.home / "runs" / interrupted.run_id / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["epoch"] for line in lines] == list(range(8))

@@ -1,0 +1,75 @@
+"""What is committed under results/ hangs together: records in, tables out, and the README shows the same table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from dfkd_bench.record import Record, read_all, record_path
+from dfkd_bench.report import table as tables
+from dfkd_bench.suite import Suite, read_suite
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "results"
+COMMITTED = sorted(path.stem for path in (RESULTS / "tables").glob("*.md"))
+
+
+def records_of(suite: Suite) -> list[Record]:
+    names = (*suite.controls, *suite.methods)
+    return [
+        record
+        for record in read_all(RESULTS)
+        if record.job.dataset == suite.dataset
+        and record.job.protocol == suite.protocol
+        and record.job.method in names
+        and record.job.seed in suite.seeds
+    ]
+
+
+def built(name: str) -> tables.Table:
+    suite = read_suite(name)
+    return tables.build(records_of(suite), suite.title, [*suite.controls, *suite.methods])
+
+
+def test_there_are_committed_tables() -> None:
+    assert "smoke_digits" in COMMITTED
+
+
+@pytest.mark.parametrize("name", COMMITTED)
+def test_committed_records_make_the_committed_table(name: str) -> None:
+    assert tables.to_markdown(built(name)) == (RESULTS / "tables" / f"{name}.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", COMMITTED)
+def test_every_cell_of_a_committed_table_has_its_record(name: str) -> None:
+    suite = read_suite(name)
+    found = {(record.job.method, record.job.seed) for record in records_of(suite)}
+    assert found == {(method, seed) for method in (*suite.controls, *suite.methods) for seed in suite.seeds}
+
+
+@pytest.mark.parametrize("name", COMMITTED)
+def test_committed_figures_are_there(name: str) -> None:
+    assert (RESULTS / "figures" / f"{name}.png").is_file()
+
+
+def test_the_readme_shows_the_committed_table() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert tables.to_text(built("smoke_digits"), 120) in readme
+
+
+def test_records_lie_where_their_jobs_say() -> None:
+    for record in read_all(RESULTS):
+        assert record_path(RESULTS, record.job).is_file()
+        assert record.job_id == record.job.id
+
+
+def test_committed_records_name_no_folder_of_a_machine() -> None:
+    for path in (RESULTS / "records").glob("*/*/*.json"):
+        text = path.read_text(encoding="utf-8")
+        assert not any(folder in text for folder in ("/home/", "/root/", "/work/", "/tmp/", "/Users/"))
+
+
+def test_no_committed_run_opened_data_in_its_method() -> None:
+    for record in read_all(RESULTS):
+        assert not [file.path for file in record.files if file.phase == "method"]
