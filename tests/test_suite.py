@@ -79,7 +79,7 @@ def test_a_settings_value_is_json_or_else_text(text: str, value: object) -> None
 
 @pytest.mark.parametrize("item", ["nayer.lr", "lr=1", "=1", ""])
 def test_a_setting_needs_an_owner_and_a_value(item: str) -> None:
-    with pytest.raises(UserError, match="expected METHOD.SETTING=VALUE"):
+    with pytest.raises(UserError, match=r"expected METHOD\.SETTING=VALUE"):
         parse_settings([item])
 
 
@@ -123,9 +123,7 @@ def test_a_control_that_is_asked_for_is_no_second_row() -> None:
 
 
 def test_options_change_a_built_in_suite() -> None:
-    chosen = from_options(
-        "smoke_digits", None, None, None, None, "7", ["fm.generator_steps=3"], False, "validation"
-    )
+    chosen = from_options("smoke_digits", None, None, None, None, "7", ["fm.generator_steps=3"], False, "validation")
     jobs = jobs_of(chosen)
     assert [(job.method, job.seed, job.evaluate_on) for job in jobs] == [
         ("nayer", 7, "validation"),
