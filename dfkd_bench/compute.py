@@ -69,6 +69,11 @@ def has_bf16(device: torch.device) -> bool:
     return bool({"avx512_bf16", "amx_bf16"} & _cpu_flags())
 
 
+def cores_at_hand() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def set_threads(count: int) -> None:
     """Threads of this process. Two processes with two threads each on two cores are far slower than one after
     the other, so the engine gives each worker its share."""

@@ -262,10 +262,9 @@ def default_devices(device: str, workers: int | None, jobs: Sequence[Job]) -> tu
     """
     import torch
 
-    from dfkd_bench.compute import resolve_device
+    from dfkd_bench.compute import cores_at_hand, resolve_device
 
-    resolved = resolve_device(device)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    resolved, cores = resolve_device(device), cores_at_hand()
     if resolved.type == "cuda":
         indices = range(torch.cuda.device_count()) if device in ("auto", "cuda") else [resolved.index]
         slots = [f"cuda:{index}" for index in indices]
