@@ -76,3 +76,142 @@ def activation(features: Tensor) -> Tensor:
 def logit_distance(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
     """Mean absolute difference over b and K, 0-d. Source: DFAD (arXiv 1912.11006), for student and generator alike."""
     return (_full(student_logits) - _full(teacher_logits)).abs().mean()
+
+
+def kl_elementwise(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """T^2 * KL(teacher || student) averaged over b *and* K, 0-d: ``kl_divergence`` divided by K.
+
+    Source: skgyu/SpaceshipNet, model_CFE_mSARC_base_V37.py (PyTorch's KLDivLoss with its default reduction).
+    """
+    return kl_divergence(student_logits, teacher_logits, temperature) / student_logits.shape[1]
+
+
+def supervised_contrastive(embeddings: Tensor, labels: Tensor, temperature: float) -> Tensor:
+    """Mean over the rows of -log of their positives' shares of the similarity, 0-d; ``embeddings`` [b, d], b >= 2.
+
+    Similarity: exp(cosine / temperature). Positives of a row: the other rows with its label [b]; a row without any
+    is left out. Source: Khosla et al., "Supervised Contrastive Learning" (NeurIPS 2020), eq. 2.
+    """
+    with torch.autocast(embeddings.device.type, enabled=False):
+        unit = F.normalize(_full(embeddings), dim=1)
+        similarity = unit @ unit.T / temperature
+    itself = torch.eye(labels.shape[0], dtype=torch.bool, device=labels.device)
+    positive = (labels.unsqueeze(0) == labels.unsqueeze(1)) & ~itself
+    log_share = similarity - similarity.masked_fill(itself, -math.inf).logsumexp(dim=1, keepdim=True)
+    count = positive.sum(dim=1)
+    rows = -(log_share * positive).sum(dim=1) / count.clamp(min=1)
+    return rows.sum() / (count > 0).sum().clamp(min=1)
+
+
+def class_activation_maps(features: Tensor, weight: Tensor) -> Tensor:
+    """What each place of ``features`` [b, F, h, w] adds to each class: [b, K, h, w], with the classifier's [K, F].
+
+    Without the classifier's bias; averaged over h and w these are the logits less the bias. Source: Zhou et al.,
+    "Learning Deep Features for Discriminative Localization" (CVPR 2016), eq. 2.
+    """
+    with torch.autocast(features.device.type, enabled=False):
+        return F.conv2d(_full(features), _full(weight)[:, :, None, None])
+
+
+def grad_cam(features: Tensor, gradients: Tensor) -> Tensor:
+    """``features`` [b, C, h, w] summed over C, weighted by the spatial means of ``gradients`` (same shape): [b, h, w].
+
+    Neither ReLU nor normalisation. Source: Grad-CAM (ICCV 2017), eq. 1-2, in the form of skgyu/SpaceshipNet,
+    model_CFE_mSARC_base_V37.py.
+    """
+    return (_full(gradients).mean(dim=(2, 3), keepdim=True) * _full(features)).sum(dim=1)
+
+
+def clamped_js(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 3.0) -> Tensor:
+    """(KL(M || S) + KL(M || T)) / 2 of the softmaxes S, T at ``temperature`` and their mean M, over b; 0-d.
+
+    The direction is not the textbook's, and after M was formed all three are clamped to [0.01, 0.99]. So it can exceed
+    ln 2 and, once the clamp acts, be negative. Symmetric; gradient reaches both; no factor T^2.
+    Source: NVlabs/DeepInversion, cifar10/deepinversion_cifar10.py; zju-vipa/CMI, datafree/criterions.py.
+    """
+    student = F.softmax(_full(student_logits) / temperature, dim=1)
+    teacher = F.softmax(_full(teacher_logits) / temperature, dim=1)
+    mean = ((student + teacher) / 2).clamp(0.01, 0.99)
+    log_both = student.clamp(0.01, 0.99).log() + teacher.clamp(0.01, 0.99).log()
+    return (mean * (mean.log() - log_both / 2)).sum() / student.shape[0]
+
+
+def total_variation(images: Tensor) -> Tensor:
+    """Mean absolute difference of neighbours in [b, C, H, W], summed over the four directions, 0-d.
+
+    The directions are right, down and both diagonals. Source: zju-vipa/CMI, datafree/synthesis/deepinversion.py.
+    """
+    images = _full(images)
+    differences = (
+        images[:, :, :, 1:] - images[:, :, :, :-1],
+        images[:, :, 1:, :] - images[:, :, :-1, :],
+        images[:, :, 1:, 1:] - images[:, :, :-1, :-1],
+        images[:, :, 1:, :-1] - images[:, :, :-1, 1:],
+    )
+    return torch.stack([difference.abs().mean() for difference in differences]).sum()
+
+
+def contrastive_rows(queries: Tensor, keys: Tensor, temperature: float) -> Tensor:
+    """InfoNCE of each row [N]: the cross entropy of telling its own key among all ``keys`` by cosine / temperature.
+
+    ``queries`` and ``keys``: [N, d], row i belongs to row i, not normalised. Gradient reaches the queries only.
+    Source: CMI (IJCAI 2021), contrastive loss; zju-vipa/CMI, datafree/synthesis/contrastive.py.
+    """
+    with torch.autocast(queries.device.type, enabled=False):
+        query = F.normalize(_full(queries), dim=1)
+        key = F.normalize(_full(keys.detach()), dim=1)
+        logits = query @ key.T / temperature
+    return logits.logsumexp(dim=1) - logits.diagonal()
+
+
+def contrastive(queries: Tensor, keys: Tensor, temperature: float, fresh: int) -> Tensor:
+    """Mean of ``contrastive_rows`` over the first ``fresh`` rows plus, if there are more, their mean over the others.
+
+    0-d. The two means are added, not averaged: cached rows weigh as much as new ones, however many there are.
+    Source: zju-vipa/CMI, datafree/synthesis/contrastive.py.
+    """
+    rows = contrastive_rows(queries, keys, temperature)
+    loss = rows[:fresh].mean()
+    return loss if rows.shape[0] == fresh else loss + rows[fresh:].mean()
+
+
+def bounded_agreement(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 3.0) -> Tensor:
+    """1 - ``clamped_js`` / K cut to [0, 1], 0-d: a generator that minimises it looks for disagreement.
+
+    Divided by b *and* K. Source: kuluhan/PRE-DFKD, utils/aux.py; the same in gaurav104/LRA and TA-DFKD-Official.
+    """
+    return 1 - (clamped_js(student_logits, teacher_logits, temperature) / student_logits.shape[1]).clamp(0, 1)
+
+
+def latent_moments(latents: Tensor) -> Tensor:
+    """How far ``latents`` [b, d], b >= 2, are from mean 0 and unbiased variance 1 of each dimension over b; 0-d.
+
+    Mean squares over d of both, added. Source: kuluhan/PRE-DFKD, distillation.py.
+    """
+    latents = _full(latents)
+    return (latents.var(dim=0) - 1).square().mean() + latents.mean(dim=0).square().mean()
+
+
+def normal_kl(mean: Tensor, log_variance: Tensor) -> Tensor:
+    """KL of N(mean, exp(log_variance)) from N(0, 1), summed over d and averaged over b; both [b, d]; 0-d, >= 0.
+
+    Source: Kingma and Welling, "Auto-Encoding Variational Bayes" (ICLR 2014), appendix B.
+    """
+    mean, log_variance = _full(mean), _full(log_variance)
+    return -0.5 * (1 + log_variance - mean.square() - log_variance.exp()).sum(dim=1).mean()
+
+
+def variation_norms(images: Tensor) -> Tensor:
+    """The l2 form of total variation: norms of the differences of neighbours in all of [b, C, H, W], added; 0-d.
+
+    The four directions are right, down and both diagonals. Source: bigdata-inha/TA-DFKD-Official,
+    TA-DFKD-main-CIFAR.py, after NVlabs/DeepInversion, cifar10/deepinversion_cifar10.py.
+    """
+    images = _full(images)
+    differences = (
+        images[:, :, :, 1:] - images[:, :, :, :-1],
+        images[:, :, 1:, :] - images[:, :, :-1, :],
+        images[:, :, 1:, 1:] - images[:, :, :-1, :-1],
+        images[:, :, 1:, :-1] - images[:, :, :-1, 1:],
+    )
+    return torch.stack([torch.linalg.vector_norm(difference) for difference in differences]).sum()

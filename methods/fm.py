@@ -47,7 +47,7 @@ CARD = {
 REPTILE_FACTOR = 67.0  # of the released code; immaterial up to Adam's eps
 
 
-class Config(MethodConfig):
+class FastMetaConfig(MethodConfig):
     """Defaults: Fast-10 for the WRN pairs (scripts/fast_cifar.sh)."""
 
     meta: Literal["fomaml", "reptile"] = Field("fomaml", description="first-order meta-learning; `is_maml` (script)")
@@ -69,11 +69,11 @@ class Config(MethodConfig):
 class FastMeta(Method):
     """The method. One call makes one batch from a copy of the meta-generator and moves the meta-generator once."""
 
-    Config = Config
+    Config = FastMetaConfig
     needs = frozenset({"batchnorm"})
     tiny: ClassVar = {"synthesis_batch_size": 12, "latent_dim": 8, "generator_steps": 2, "generator_width": 4}
 
-    def __init__(self, config: Config, task: Task) -> None:
+    def __init__(self, config: FastMetaConfig, task: Task) -> None:
         super().__init__(config, task)
         self.matcher = BatchNormMatcher(task.teacher, config.batchnorm_momentum)
         with task.device:

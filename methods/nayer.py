@@ -48,7 +48,7 @@ CARD = {
 LARGE = 128  # pixels: from here on the released ladder for large images is used (H/16 instead of H/4)
 
 
-class Config(MethodConfig):
+class NayerConfig(MethodConfig):
     """Defaults: the released script for CIFAR-100 (scripts/nayer_100.sh, datafree_kd.py)."""
 
     encoder: str = Field("clip", description="text encoder: clip, sbert, onehot, random[:WIDTH], file:PATH")
@@ -101,7 +101,7 @@ class NoisyLayers(nn.Module):
 class NoisyGenerator(nn.Module):
     """Label-text embedding -> BatchNorm1d -> noisy layers -> linear -> convolutions: [B] labels to [B, C, H, W]."""
 
-    def __init__(self, task: Task, config: Config, embeddings: Tensor) -> None:
+    def __init__(self, task: Task, config: NayerConfig, embeddings: Tensor) -> None:
         super().__init__()
         width = embeddings.shape[1]
         blocks = -(-config.synthesis_batch_size // task.num_classes)
@@ -120,7 +120,7 @@ class NoisyGenerator(nn.Module):
 class Nayer(Method):
     """The method. One call makes ``loops`` batches, each from freshly drawn noisy layers and a fresh Adam."""
 
-    Config = Config
+    Config = NayerConfig
     needs = frozenset({"batchnorm", "label_text"})
     quirks: ClassVar = {
         "student_unchanged_by_synthesis": "in loops after the first the released code leaves the student in train "
@@ -130,7 +130,7 @@ class Nayer(Method):
     tiny |= {"noisy_width": 8, "generator_width": 4}
     transient = frozenset({"embeddings"})  # constants, read again on resume
 
-    def __init__(self, config: Config, task: Task) -> None:
+    def __init__(self, config: NayerConfig, task: Task) -> None:
         super().__init__(config, task)
         self.embeddings = task.label_embeddings(config.encoder, config.prompt)
         self.matcher = BatchNormMatcher(task.teacher, config.batchnorm_momentum)
@@ -183,7 +183,7 @@ class Nayer(Method):
         return generator.to(memory_format=torch.channels_last)
 
     @classmethod
-    def outside_knowledge(cls, config: Config) -> str | None:
+    def outside_knowledge(cls, config: NayerConfig) -> str | None:
         if config.encoder.partition(":")[0] in ("onehot", "random"):
             return "none"
         return None if "{name}" in config.prompt else "a text encoder (index prompt)"

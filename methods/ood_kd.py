@@ -31,7 +31,7 @@ CARD = {
 }
 
 
-class Config(MethodConfig):
+class OutOfDomainConfig(MethodConfig):
     """Which images."""
 
     pool: str = Field("fashion_mnist", description="a data set's name, or folder:PATH with any images below it")
@@ -40,11 +40,11 @@ class Config(MethodConfig):
 class OutOfDomainKD(Method):
     """KL divergence to the teacher on the pool's images, augmented as in training."""
 
-    Config = Config
+    Config = OutOfDomainConfig
     needs = frozenset({"unlabelled"})
     tiny: ClassVar = {"pool": "digits"}  # always at hand
 
-    def __init__(self, config: Config, task: Task) -> None:
+    def __init__(self, config: OutOfDomainConfig, task: Task) -> None:
         super().__init__(config, task)
         self.shuffle = Shuffle(task.rng, task.device)
 
@@ -57,5 +57,5 @@ class OutOfDomainKD(Method):
         return Batch(self.task.normalize(self.task.augment(to_unit(images[self.shuffle.next(len(images), size)]))))
 
     @classmethod
-    def outside_knowledge(cls, config: Config) -> str | None:
+    def outside_knowledge(cls, config: OutOfDomainConfig) -> str | None:
         return f"an unlabelled pool ({config.pool})"

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from dfkd_bench.methods import fm
-from dfkd_bench.methods.fm import REPTILE_FACTOR, Config, FastMeta, add_gradients, reptile_gradients
+from dfkd_bench.methods.fm import REPTILE_FACTOR, FastMeta, add_gradients, reptile_gradients
 from torch import Tensor, nn
 
 from dfkd_bench.checkpoint import load_tree, save_tree
@@ -21,7 +21,7 @@ At = Callable[..., Progress]
 def new_method(task: Task, **fields: Any) -> FastMeta:
     torch.manual_seed(0)
     values = {"synthesis_batch_size": B, "latent_dim": 8, "generator_steps": STEPS, "generator_width": 4}
-    return FastMeta(Config(**(values | fields)), task)
+    return FastMeta(FastMetaConfig(**(values | fields)), task)
 
 
 def weights(module: nn.Module) -> list[Tensor]:
@@ -463,7 +463,7 @@ SCRIPT = {
 @pytest.mark.parametrize("pair", SCRIPT)
 def test_published_settings(dataset: str, pair: str) -> None:
     published = FastMeta.published[f"{dataset}/{pair}"]
-    schedule, config = published.schedule, Config(**published.config)
+    schedule, config = published.schedule, FastMetaConfig(**published.config)
     assert (config.adversarial, config.onehot) == SCRIPT[pair]
     assert (config.generator_steps, config.latent_lr, config.generator_lr) == (10, 0.01, 2e-3)
     assert (config.batchnorm, config.batchnorm_momentum, config.meta, config.reset_epoch) == (10, 0.9, "fomaml", 120)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from dfkd_bench.methods import nayer
-from dfkd_bench.methods.nayer import Config, Nayer, NoisyGenerator, NoisyLayers, balanced_labels
+from dfkd_bench.methods.nayer import Nayer, NayerConfig, NoisyGenerator, NoisyLayers, balanced_labels
 from torch import Tensor, nn
 
 from dfkd_bench.checkpoint import load_tree, save_tree
@@ -20,7 +20,7 @@ B, STEPS, LOOPS, WARMUP_LOOPS = 12, 3, 2, 4  # 12 images of 5 classes: three noi
 At = Callable[..., Progress]
 
 
-def tiny_config(**fields: Any) -> Config:
+def tiny_config(**fields: Any) -> NayerConfig:
     values = {
         "encoder": "random:16",
         "synthesis_batch_size": B,
@@ -30,7 +30,7 @@ def tiny_config(**fields: Any) -> Config:
         "noisy_width": 8,
         "generator_width": 4,
     }
-    return Config(**(values | fields))
+    return NayerConfig(**(values | fields))
 
 
 def new_method(task: Task, **fields: Any) -> Nayer:
@@ -52,7 +52,7 @@ def shaped_task(image_shape: tuple[int, int, int], classes: int) -> Any:
 
 
 def build(image_shape: tuple[int, int, int], classes: int, size: int, embeddings: Tensor) -> NoisyGenerator:
-    return NoisyGenerator(shaped_task(image_shape, classes), Config(synthesis_batch_size=size), embeddings)
+    return NoisyGenerator(shaped_task(image_shape, classes), NayerConfig(synthesis_batch_size=size), embeddings)
 
 
 def fill(generator: NoisyGenerator) -> None:
@@ -515,7 +515,7 @@ SCRIPTS = {
 @pytest.mark.parametrize("dataset", SCRIPTS)
 def test_published_settings(dataset: str) -> None:
     published = Nayer.published[dataset]
-    schedule, config = published.schedule, Config(**published.config)
+    schedule, config = published.schedule, NayerConfig(**published.config)
     assert (
         schedule.batch_size,
         config.synthesis_batch_size,
@@ -535,7 +535,7 @@ def test_published_settings(dataset: str) -> None:
 
 @pytest.mark.parametrize("dataset", SCRIPTS)
 def test_published_settings_make_160_000_images(dataset: str) -> None:
-    schedule, config = Nayer.published[dataset].schedule, Config(**Nayer.published[dataset].config)
+    schedule, config = Nayer.published[dataset].schedule, NayerConfig(**Nayer.published[dataset].config)
     later = schedule.epochs - schedule.warmup_epochs
     loops = schedule.warmup_epochs * config.warmup_loops + later * config.loops
     assert loops * config.synthesis_batch_size == 160_000
@@ -544,11 +544,11 @@ def test_published_settings_make_160_000_images(dataset: str) -> None:
 @pytest.mark.parametrize(
     ("config", "knowledge"),
     [
-        (Config(), None),
-        (Config(encoder="random:64"), "none"),
-        (Config(encoder="onehot"), "none"),
-        (Config(prompt="class {index}"), "a text encoder (index prompt)"),
+        (NayerConfig(), None),
+        (NayerConfig(encoder="random:64"), "none"),
+        (NayerConfig(encoder="onehot"), "none"),
+        (NayerConfig(prompt="class {index}"), "a text encoder (index prompt)"),
     ],
 )
-def test_what_a_run_knows_depends_on_the_encoder(config: Config, knowledge: str | None) -> None:
+def test_what_a_run_knows_depends_on_the_encoder(config: NayerConfig, knowledge: str | None) -> None:
     assert Nayer.outside_knowledge(config) == knowledge
