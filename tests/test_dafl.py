@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from dfkd_bench.methods.dafl import Config, Dafl, tapped
 from torch import Tensor, nn
 
 from dfkd_bench.losses import activation, class_balance, confidence, kl_divergence
 from dfkd_bench.method import Batch, Progress, Task
+from dfkd_bench.methods.dafl import Config, Dafl, tapped
 
 # Golden values were computed in float64 by the released code of CMI on these logits and features.
 T = torch.tensor([[0.5, 2.5, 0], [1.5, -0.5, 1], [0.1, 3, 0.2], [-1, 0.3, 2]], dtype=torch.float64)

@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 import torch
-from dfkd_bench.methods.dfq import Config, Dfq, GaussianMatcher
 from torch import Tensor, nn
 
 from dfkd_bench.losses import class_balance, confidence, kl_divergence
 from dfkd_bench.method import Batch, Progress, Task
+from dfkd_bench.methods.dfq import Config, Dfq, GaussianMatcher
 from dfkd_bench.statistics import BatchNormMatcher
 
 # Golden values were computed in float64 by the released code of CMI on these logits and activations.

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from dfkd_bench.methods import fm
-from dfkd_bench.methods.fm import REPTILE_FACTOR, FastMeta, add_gradients, reptile_gradients
 from torch import Tensor, nn
 
 from dfkd_bench.checkpoint import load_tree, save_tree
 from dfkd_bench.method import Progress, Task
+from dfkd_bench.methods import fm
+from dfkd_bench.methods.fm import REPTILE_FACTOR, FastMeta, FastMetaConfig, add_gradients, reptile_gradients
 
 B, STEPS, META_LR = 12, 3, 3 * 2e-3
 At = Callable[..., Progress]

@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from dfkd_bench.methods import dfq
-from dfkd_bench.methods.dfq import Dfq
-from dfkd_bench.methods.mad import Config, LatentGenerator, Mad, follow
 from pydantic import ValidationError
 from torch import Tensor, nn
 
 from dfkd_bench.losses import class_balance, cross_entropy, kl_divergence, logit_distance
 from dfkd_bench.method import Batch, Method, Progress, Task
+from dfkd_bench.methods import dfq
+from dfkd_bench.methods.dfq import Dfq
+from dfkd_bench.methods.mad import Config, LatentGenerator, Mad, follow
 
 S = torch.tensor([[1, 2, 0.5], [0.2, -1, 3], [2, 2.5, -0.5], [0, 0, 1]], dtype=torch.float64)
 T = torch.tensor([[0.5, 2.5, 0], [1.5, -0.5, 1], [0.1, 3, 0.2], [-1, 0.3, 2]], dtype=torch.float64)

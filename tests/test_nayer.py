@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from dfkd_bench.methods import nayer
-from dfkd_bench.methods.nayer import Nayer, NayerConfig, NoisyGenerator, NoisyLayers, balanced_labels
 from torch import Tensor, nn
 
 from dfkd_bench.checkpoint import load_tree, save_tree
 from dfkd_bench.method import Progress, Task
+from dfkd_bench.methods import nayer
+from dfkd_bench.methods.nayer import Nayer, NayerConfig, NoisyGenerator, NoisyLayers, balanced_labels
 from dfkd_bench.statistics import batch_moments
 
 B, STEPS, LOOPS, WARMUP_LOOPS = 12, 3, 2, 4  # 12 images of 5 classes: three noisy layers, the last for two rows

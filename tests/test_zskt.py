@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from dfkd_bench.methods import dfad, zskt
-from dfkd_bench.methods.dfad import Dfad
-from dfkd_bench.methods.zskt import Zskt, attention_distance, attention_map
 from pydantic import ValidationError
 from torch import Tensor, nn
 
 from dfkd_bench.losses import kl_divergence, logit_distance
 from dfkd_bench.method import Batch, Method, Progress, Task
+from dfkd_bench.methods import dfad, zskt
+from dfkd_bench.methods.dfad import Dfad
+from dfkd_bench.methods.zskt import Zskt, attention_distance, attention_map
 
 # Golden values were computed in float64 by the released codes (CMI; polo5/ZeroShotKnowledgeTransfer) on these inputs.
 S = torch.tensor([[1, 2, 0.5], [0.2, -1, 3], [2, 2.5, -0.5], [0, 0, 1]], dtype=torch.float64)
