@@ -33,7 +33,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
-from dfkd_bench import class_names
+from dfkd_bench import class_names, glyphs
 from dfkd_bench.errors import UserError, unknown
 from dfkd_bench.paths import DATA_VARIABLE, HOME_VARIABLE, data_root, home
 
@@ -548,6 +548,11 @@ def _read_digits(data: DataSet, root: Path, part: Part) -> RawData:
     return RawData.of_arrays(images[rows], labels[rows])
 
 
+def _read_glyphs(data: DataSet, root: Path, part: Part) -> RawData:
+    """Drawn here: there are no raw files."""
+    return RawData.of_arrays(*glyphs.draw(data.image_shape[1], part))
+
+
 def _read_idx(data: DataSet, root: Path, part: Part) -> RawData:
     """MNIST's format: two gzipped files, big-endian sizes, bytes."""
     import numpy as np
@@ -899,6 +904,20 @@ _IDX_TRAIN = ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz")
 _IDX_TEST = ("t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz")
 _HALF = (0.5, 0.5, 0.5)
 _DIGITS_TEST = 360
+_GLYPHS = DataSet(
+    name="glyphs16",
+    title="letters and digits drawn in colour, 16x16 RGB, 47 classes, 45,120 images; needs no download",
+    num_classes=len(glyphs.CLASSES),
+    names=tuple(glyphs.CLASSES),
+    image_shape=(3, 16, 16),
+    mean=(0.4968, 0.4969, 0.4961),  # of the training split, measured
+    std=(0.2767, 0.2758, 0.2776),
+    flip_keeps_class=False,
+    validation_size=60 * len(glyphs.CLASSES),
+    sizes=(glyphs.PER_CLASS["train"] * len(glyphs.CLASSES), glyphs.PER_CLASS["test"] * len(glyphs.CLASSES)),
+    source="drawn from the DejaVu and Computer Modern fonts that come with matplotlib, see docs/glyphs.md",
+    read=_read_glyphs,
+)
 
 _BUILT_IN: dict[str, DataSet] = {
     data.name: data
@@ -917,6 +936,15 @@ _BUILT_IN: dict[str, DataSet] = {
             source="UCI, Optical Recognition of Handwritten Digits (Alpaydin and Kaynak 1998), test part; CC BY 4.0",
             read=_read_digits,
             one_file=True,
+        ),
+        _GLYPHS,
+        replace(
+            _GLYPHS,
+            name="glyphs32",
+            title=_GLYPHS.title.replace("16x16", "32x32"),
+            image_shape=(3, 32, 32),
+            mean=(0.4969, 0.4970, 0.4961),
+            std=(0.2836, 0.2865, 0.2838),
         ),
         DataSet(
             name="mnist",
