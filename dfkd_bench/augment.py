@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -80,3 +81,72 @@ def to_uint8(images: Tensor) -> Tensor:
 def to_unit(images: Tensor) -> Tensor:
     """uint8 images to float32 in [0, 1]."""
     return images.float().div_(255)
+
+
+def roll_flip(images: Tensor, reach: int, flip: bool, generator: torch.Generator | None = None) -> Tensor:
+    """Wrap all images around by the same random shift, then flip all of them or none: one draw for the whole batch.
+
+    ``images``: float [n, C, H, W]. Both shifts are whole pixels, uniform over [-reach, reach]; the horizontal flip has
+    probability 1/2 (never if not ``flip``). Pixels are permuted, so the statistics of the batch stay what they are.
+    Source: zju-vipa/CMI, datafree/synthesis/deepinversion.py.
+    """
+    height, width, device = *images.shape[2:], images.device
+    down, right = torch.randint(-reach, reach + 1, (2,), device=device, generator=generator)
+    rows = (torch.arange(height, device=device) - down) % height
+    columns = torch.arange(width, device=device)
+    if flip:
+        flipped = torch.rand((), device=device, generator=generator) < 0.5
+        columns = torch.where(flipped, columns.flip(0), columns)
+    return images.index_select(2, rows).index_select(3, (columns - right) % width)
+
+
+def random_resized_crop_flip(
+    images: Tensor,
+    flip: bool,
+    generator: torch.Generator | None = None,
+    scale: tuple[float, float] = (0.25, 1.0),
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+) -> Tensor:
+    """Blow a random part of each image up to its full size, then flip it at random; each image on its own.
+
+    ``images``: floating-point [n, C, H, W]; the same shape comes back. The part has a share of the area uniform in
+    ``scale`` and a width / height uniform in logarithm in ``ratio``, in whole pixels and at a uniform place. Of ten
+    draws the first that fits into the image counts, and the whole image if none does. Interpolation is bilinear,
+    corner pixels on corner pixels; flips have probability 1/2 (never if not ``flip``).
+    Source: kornia's RandomResizedCrop as used in zju-vipa/CMI, datafree/synthesis/contrastive.py.
+    """
+    n, _, height, width = images.shape
+    device = images.device
+    drawn = torch.rand(2, n, 10, device=device, generator=generator)
+    area = height * width * (scale[0] + (scale[1] - scale[0]) * drawn[0])
+    aspect = torch.exp(math.log(ratio[0]) + math.log(ratio[1] / ratio[0]) * drawn[1])
+    high, wide = (area / aspect).sqrt().round(), (area * aspect).sqrt().round()
+    fits = (high >= 1) & (high <= height) & (wide >= 1) & (wide <= width)
+    first = fits & (fits.cumsum(1) == 1)
+    high = torch.where(fits.any(1), (high * first).sum(1), height)
+    wide = torch.where(fits.any(1), (wide * first).sum(1), width)
+    place = torch.rand(2, n, device=device, generator=generator)
+    top, left = (place[0] * (height - high + 1)).floor(), (place[1] * (width - wide + 1)).floor()
+    flips = torch.rand(n, device=device, generator=generator) < 0.5 if flip else torch.zeros_like(top, dtype=torch.bool)
+    return _enlarged(images, (top, high), (left, wide), flips)
+
+
+def _enlarged(
+    images: Tensor, vertical: tuple[Tensor, Tensor], horizontal: tuple[Tensor, Tensor], flip: Tensor
+) -> Tensor:
+    """Parts of ``images``, given by their (start, size) [n] along both axes, resized to whole images and flipped."""
+    rows = _interpolation(*vertical, images.shape[2]).to(images.dtype)
+    columns = _interpolation(*horizontal, images.shape[3]).to(images.dtype)
+    columns = torch.where(flip.view(-1, 1, 1), columns.flip(1), columns)
+    # Two small matrix products an image: unlike grid_sample's, their gradient is deterministic on a GPU. Under
+    # autocast they would be bf16, with as many bits as the pool keeps.
+    with torch.autocast(images.device.type, enabled=False):
+        return torch.einsum("nhy,ncyx,nwx->nchw", rows, images, columns)
+
+
+def _interpolation(start: Tensor, size: Tensor, length: int) -> Tensor:
+    """Weights [n, length, length] of old pixels (last) in new ones: hats around the places that new ones come from."""
+    steps = torch.linspace(0, 1, length, device=start.device)
+    position = start.unsqueeze(1) + steps * (size - 1).unsqueeze(1)
+    distance = position.unsqueeze(2) - torch.arange(length, device=start.device)
+    return (1 - distance.abs()).clamp(min=0)

@@ -444,6 +444,8 @@ def _figures(suite: Any, records: list[Any], output: Path, to: Path | None = Non
         if chosen:
             stem = suite.name if len(suite.pairs) == 1 else f"{suite.name}-{safe_name(pair)}"
             path = to or output / "figures" / f"{stem}.png"
+            if to is not None and len(suite.pairs) > 1:
+                path = to.with_stem(f"{to.stem}-{safe_name(pair)}")
             accuracy_against_time(chosen, path, suite.title, [*suite.controls, *suite.methods])
             paths.append(path)
     return paths

@@ -1,5 +1,7 @@
 """Generators that several methods share: images in [0, 1] from a latent vector, nearest-neighbour up-sampling.
 
+At the end stand the generator of the older codes, which can make normalised images, and the memory built on it.
+
 ``Generator`` and ``LargeGenerator`` are a linear layer and a ``ConvBody``; a method with a front of its own puts it
 before a ``ConvBody``, or a ``DeepConvBody`` for large images. Architectures: zju-vipa/CMI and zju-vipa/Fast-Datafree,
 datafree/models/generator.py; and, for the deep ladder, tmtuan1307/NAYER, same file. All layers have PyTorch's
@@ -10,6 +12,10 @@ s = ceil(H / 4), t = ceil(W / 4). Where 4s > H the image is cropped to H, likewi
 """
 
 from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -153,3 +159,150 @@ def _squash(x: Tensor, image_shape: ImageShape) -> Tensor:
     # bf16 keeps 8 bits, no more than the pool does: rounding images twice would show, so the sigmoid is fp32.
     x = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
     return x[:, :, :height, :wide].sigmoid()
+
+
+class EarlyGenerator(nn.Module):
+    """The generator of DAFL's own code and its heirs: z [b, latent_dim] -> images [b, C, H, W], here *normalised* ones.
+
+    Linear to 2w * s * t, BN, then up x2, conv 3x3 2w -> 2w, BN, LeakyReLU(0.2), then the same 2w -> w, then conv
+    w -> C; all convolutions have biases and both BNs after them an eps of 0.8. ``output`` "tanh": tanh and a BN
+    without weights, whose channels have mean 0 and variance 1 over a batch: the teacher's input space, roughly.
+    "sigmoid" (TA-DFKD): a sigmoid, so images in (0, 1), and a LeakyReLU after the first BN. ``spectral``: convolutions
+    are divided by their largest singular value (PRE-DFKD). 8,423,939 parameters at latent_dim 1000, 3x32x32.
+    Source: kuluhan/PRE-DFKD, networks/generator.py; bigdata-inha/TA-DFKD-Official, networks/gan.py.
+    """
+
+    def __init__(
+        self,
+        latent_dim: int,
+        image_shape: ImageShape,
+        width: int = 64,
+        output: Literal["tanh", "sigmoid"] = "tanh",
+        spectral: bool = False,
+    ) -> None:
+        super().__init__()
+        conv = SpectralConv2d if spectral else nn.Conv2d
+        self.image_shape, self.output = image_shape, output
+        channels, height, wide = image_shape
+        self.in_shape = (2 * width, -(-height // 4), -(-wide // 4))
+        self.project = nn.Linear(latent_dim, math.prod(self.in_shape))
+        self.norm = nn.BatchNorm2d(2 * width)
+        self.convs = nn.ModuleList([conv(2 * width, n, 3, padding=1) for n in (2 * width, width)])
+        self.norms = nn.ModuleList([nn.BatchNorm2d(n, eps=0.8) for n in (2 * width, width)])
+        self.to_image = conv(width, channels, 3, padding=1)
+        self.standardize = nn.BatchNorm2d(channels, affine=False) if output == "tanh" else None
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Images [b, C, H, W] of latent vectors [b, latent_dim]; b >= 2 in train mode."""
+        x = self.norm(self.project(z).reshape(-1, *self.in_shape))
+        if self.standardize is None:
+            x = F.leaky_relu(x, 0.2)
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            x = F.leaky_relu(norm(conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))), 0.2)
+        x = self.to_image(x)
+        if self.standardize is None:
+            return _squash(x, self.image_shape)
+        images: Tensor = self.standardize(_full(x[:, :, : self.image_shape[1], : self.image_shape[2]]).tanh())
+        return images
+
+
+class SpectralConv2d(nn.Conv2d):
+    """A convolution whose weight [out, in, k, k] is divided by the largest singular value of [out, in * k * k].
+
+    One power iteration a forward in train mode; the singular vectors are constants for the gradient. fp32 or better.
+    Source: Miyato et al., "Spectral Normalization for Generative Adversarial Networks" (ICLR 2018), algorithm 1.
+    """
+
+    u: Tensor
+    v: Tensor
+
+    def __init__(self, inputs: int, outputs: int, kernel_size: int, padding: int = 0) -> None:
+        super().__init__(inputs, outputs, kernel_size, padding=padding)
+        self.register_buffer("u", F.normalize(torch.randn(outputs), dim=0))
+        self.register_buffer("v", F.normalize(torch.randn(self.weight[0].numel()), dim=0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As ``nn.Conv2d``."""
+        with torch.autocast(x.device.type, enabled=False):
+            matrix = self.weight.flatten(1)
+            if self.training:
+                with torch.no_grad():
+                    self.v = F.normalize(matrix.T @ self.u, dim=0)
+                    self.u = F.normalize(matrix @ self.v, dim=0)
+            weight = self.weight / (self.u @ (matrix @ self.v))
+        return self._conv_forward(x, weight, self.bias)
+
+
+class Encoder(nn.Module):
+    """PRE-DFKD's encoder: normalised images [b, C, H, W] -> mean and log-variance [b, latent_dim] of their latents.
+
+    Each column of an image is scaled to unit L2 norm, then conv 3x3 C -> w, BN(eps 0.8), LeakyReLU(0.2), the same
+    w -> 2w, every second pixel, conv 2w -> 2w of stride 2, BN, every second pixel, and two linear layers.
+    4,321,872 parameters at latent_dim 1000, 3x32x32. Source: kuluhan/PRE-DFKD, networks/generator.py.
+    """
+
+    def __init__(self, latent_dim: int, image_shape: ImageShape, width: int = 64) -> None:
+        super().__init__()
+        channels, height, wide = image_shape
+        self.convs = nn.ModuleList(
+            [nn.Conv2d(channels, width, 3, padding=1), nn.Conv2d(width, 2 * width, 3, padding=1)]
+        )
+        self.norms = nn.ModuleList([nn.BatchNorm2d(width, eps=0.8), nn.BatchNorm2d(2 * width, eps=0.8)])
+        self.shrink = nn.Sequential(nn.Conv2d(2 * width, 2 * width, 3, stride=2, padding=1), nn.BatchNorm2d(2 * width))
+        features = 2 * width * -(-height // 8) * -(-wide // 8)
+        self.mean, self.log_variance = nn.Linear(features, latent_dim), nn.Linear(features, latent_dim)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log-variance, each [b, latent_dim], in fp32 or better."""
+        x = F.normalize(images, dim=2)
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            x = F.leaky_relu(norm(conv(x)), 0.2)
+        x = self.shrink(x[:, :, ::2, ::2])[:, :, ::2, ::2].flatten(1)
+        return _full(self.mean(x)), _full(self.log_variance(x))
+
+
+class MemoryGenerator(nn.Module):
+    """PRE-DFKD's memory: an autoencoder of images instead of the images; ``decoder`` makes them again from noise."""
+
+    def __init__(self, latent_dim: int, image_shape: ImageShape, width: int = 64) -> None:
+        super().__init__()
+        self.encoder = Encoder(latent_dim, image_shape, width)
+        self.decoder = EarlyGenerator(latent_dim, image_shape, width)
+
+    def forward(self, images: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Images as remembered, mean and log-variance; ``noise``: N(0, 1) of shape [b, latent_dim]."""
+        mean, log_variance = self.encoder(images)
+        remembered: Tensor = self.decoder(mean + (log_variance / 2).exp() * noise)
+        return remembered, mean, log_variance
+
+    def recall(
+        self, latents: Tensor, loss: Callable[[Tensor, Tensor], Tensor], lr: float, train_decoder: bool = False
+    ) -> Tensor:
+        """The decoder's images, without graph, of ``latents`` [b, latent_dim] after one Adam step that lowers ``loss``.
+
+        ``loss``: latents and their images -> 0-d. ``latents`` move in place. ``train_decoder`` leaves the step's
+        gradient on the decoder, too. Source: kuluhan/PRE-DFKD, distillation.py.
+        """
+        latents.requires_grad_()
+        decoder = list(self.decoder.parameters()) if train_decoder else []
+        loss(latents, self.decoder(latents)).backward(inputs=[latents, *decoder])
+        torch.optim.Adam([latents], lr=lr).step()
+        with torch.no_grad():
+            images: Tensor = self.decoder(latents)
+        return images
+
+
+def uniform_(network: nn.Module, bound: float = 0.08) -> None:
+    """Draw the weights of convolutions and linear layers from U(-bound, bound), biases 0; BNs stay.
+
+    Source: kuluhan/PRE-DFKD, networks/generator.py.
+    """
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            nn.init.uniform_(module.weight, -bound, bound)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+
+def _full(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x

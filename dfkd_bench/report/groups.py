@@ -11,7 +11,7 @@ from typing import Any
 from dfkd_bench.errors import UserError
 from dfkd_bench.record import Record
 
-CONTROLS = ("scratch", "real_kd", "noise_kd")
+CONTROLS = ("scratch", "real_kd", "ood_kd", "noise_kd")
 """What a data-free method is measured against, in the order in which tables show it."""
 
 

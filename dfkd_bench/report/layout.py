@@ -171,6 +171,8 @@ def _row(one: Group, references: _References) -> Row:
 
 
 def _published(name: str, record: Record) -> tuple[PublishedValue, ...]:
+    if record.job.protocol != "paper":  # other settings than the published ones: nothing to compare with
+        return ()
     return published(name, record.job.dataset, record.job.teacher.model, record.job.student)
 
 
