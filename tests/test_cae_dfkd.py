@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from dfkd_bench.methods import cae_dfkd
-from dfkd_bench.methods.cae_dfkd import CaeDfkd, Config, balanced_labels, diffuse, draw_noise
 from torch import Tensor, nn
 
 from dfkd_bench import data, text
 from dfkd_bench.checkpoint import load_tree, save_tree
 from dfkd_bench.losses import kl_divergence, supervised_contrastive
 from dfkd_bench.method import Batch, Method, Progress, Task
+from dfkd_bench.methods import cae_dfkd
+from dfkd_bench.methods.cae_dfkd import CaeDfkd, Config, balanced_labels, diffuse, draw_noise
 from dfkd_bench.pool import Pool
 
 B, STEPS, LOOPS, WARMUP_LOOPS = 12, 3, 2, 4

@@ -6,6 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
+
+from dfkd_bench.generators import Generator
+from dfkd_bench.losses import class_activation_maps, grad_cam, kl_elementwise
+from dfkd_bench.method import Batch, Progress, Task
 from dfkd_bench.methods import spaceshipnet
 from dfkd_bench.methods.spaceshipnet import (
     LEVELS,
@@ -18,11 +23,6 @@ from dfkd_bench.methods.spaceshipnet import (
     look,
     map_distance,
 )
-from torch import Tensor, nn
-
-from dfkd_bench.generators import Generator
-from dfkd_bench.losses import class_activation_maps, grad_cam, kl_elementwise
-from dfkd_bench.method import Batch, Progress, Task
 from dfkd_bench.models import build_model
 from dfkd_bench.pool import Pool
 
