@@ -70,10 +70,12 @@ class Source:
         return {}
 
     def source_sha256(self) -> str:
-        """Hash of the source without comments, docstrings and layout: what could change a result."""
+        """Hash of the source without comments, docstrings, layout and tables of settings: what could change the
+        result of a job. The settings themselves are in the job."""
         if self.path is None:
             return ""
         tree = ast.parse(self.path.read_text(encoding="utf-8"))
+        tree.body = [node for node in tree.body if not _is_settings_table(node)]
         for node in ast.walk(tree):
             body = getattr(node, "body", None)
             if isinstance(body, list) and body and isinstance(body[0], ast.Expr):
@@ -81,6 +83,12 @@ class Source:
                 if isinstance(value, ast.Constant) and isinstance(value.value, str):
                     body[0] = ast.Expr(ast.Constant(...))
         return hashlib.sha256(ast.unparse(tree).encode()).hexdigest()
+
+
+def _is_settings_table(node: ast.stmt) -> bool:
+    """``Nayer.smoke = {...}`` and the like at a file's end."""
+    target = node.targets[0] if isinstance(node, ast.Assign) else None
+    return isinstance(target, ast.Attribute) and target.attr in ("published", "smoke", "search")
 
 
 @dataclass(frozen=True)

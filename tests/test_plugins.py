@@ -266,6 +266,12 @@ def test_the_hash_ignores_comments_docstrings_and_layout(write: Callable[[str, s
     assert source_of(write("b", text)).source_sha256() == plain
 
 
+def test_the_hash_ignores_tables_of_settings(write: Callable[[str, str], Path]) -> None:
+    """They are in the job: new settings for another data set make no record stale."""
+    plain = source_of(write("a", METHOD)).source_sha256()
+    assert source_of(write("b", METHOD + "\nNoise.smoke = {}\n")).source_sha256() == plain
+
+
 def test_the_hash_sees_code(write: Callable[[str, str], Path]) -> None:
     plain = source_of(write("a", METHOD)).source_sha256()
     assert source_of(write("b", METHOD.replace("rand(4", "rand(5"))).source_sha256() != plain
