@@ -118,7 +118,7 @@ def test_the_gradient_goes_through_the_trial_step(make_student: Callable[..., nn
     with torch.no_grad():
         offset = 0
         for p in parameters:
-            p -= step[0] * (inner[offset : offset + p.numel()].view_as(p) + step[1] * p)
+            p.sub_(step[0] * (inner[offset : offset + p.numel()].view_as(p) + step[1] * p))
             offset += p.numel()
     first_order = gradient(logit_distance(student(data[2]), data[3]), student)
     assert not torch.allclose(found, first_order, rtol=1e-2)
