@@ -15,6 +15,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -99,6 +100,7 @@ def _all(
     """Work through ``tasks``; returns for each "" or how it ended otherwise ("busy", a reason)."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["dfkd_bench.run"])
+    _start_fork_server()
     waiting = deque((index, 1) for index in range(len(tasks)))
     attempts = dict.fromkeys(range(len(tasks)), 0)
     free = list(range(len(devices)))
@@ -143,6 +145,23 @@ def _all(
     finally:
         _stop(running)
     return endings
+
+
+def _start_fork_server() -> None:
+    """Start the server that processes are forked from, unless it runs already.
+
+    It is started as ``python -c``, which puts the current folder first on the path: in a checkout it would import the
+    sources there instead of the installed package, and not find ``dfkd_bench.methods``. PYTHONSAFEPATH prevents that.
+    """
+    before = os.environ.get("PYTHONSAFEPATH")
+    os.environ["PYTHONSAFEPATH"] = "1"
+    try:
+        forkserver.ensure_running()
+    finally:
+        if before is None:
+            del os.environ["PYTHONSAFEPATH"]
+        else:
+            os.environ["PYTHONSAFEPATH"] = before
 
 
 def _wait(running: list[_Worker], listen: Listener) -> None:
