@@ -3,9 +3,11 @@
     python -m dfkd_bench.benchmarks.tune --dataset digits --methods nayer,fm --output results
 
 Trial 0 is the method's present setting; the others are drawn from its ``search`` space by a fixed seed. Runs have
-seeds from 100 up and are evaluated on the validation split, so that nothing is chosen on test data. The trials go to
-``OUTPUT/trials/<data set>.json``; the best one by mean last-epoch accuracy is printed, to be copied into the method's
-file by hand. Trials of earlier calls are kept for methods that are not named.
+seeds from 100 up and are evaluated on the validation split, so that nothing is chosen on test data. All trials get the
+first seed; the ``--finalists`` best of each method get the other seeds, too, and only they can be chosen. The trials go
+to ``OUTPUT/trials/<data set>.json``; the best one by mean last-epoch accuracy is printed, to be copied into the
+method's file by hand. Trials of earlier calls are kept for methods that are not named. Runs are kept below
+``OUTPUT/trials/.work``, so that a call that was stopped goes on where it was.
 """
 
 from __future__ import annotations
@@ -14,6 +16,8 @@ import argparse
 import json
 import random
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +26,10 @@ from rich.console import Console
 from dfkd_bench import plugins, record
 from dfkd_bench.engines.local import default_devices
 from dfkd_bench.errors import UserError
-from dfkd_bench.plan import carry_out, make_plan
+from dfkd_bench.plan import Plan, carry_out, make_plan
+from dfkd_bench.plugins import Plugins
 from dfkd_bench.progress import show
+from dfkd_bench.record import Record
 from dfkd_bench.run import Place
 from dfkd_bench.suite import make_suite, parse_seeds, split_list
 
@@ -41,29 +47,104 @@ def draw_trials(search: dict[str, Any], count: int, seed: int = 0) -> list[dict[
     return trials
 
 
-def run_trial(dataset: str, method: str, trial: dict[str, Any], seeds: tuple[int, ...], home: Path) -> dict[str, Any]:
-    """One setting, all seeds; its runs' records are working material and stay outside of the results."""
-    found = plugins.discover()
-    suite = make_suite(
-        "trial", f"{method} trial", dataset, [method], controls=(), seeds=seeds, evaluate_on="validation",
-        protocol="smoke", settings={f"{method}.{name}": value for name, value in trial.items()},
-    )  # fmt: skip
-    plan = make_plan(suite, found, home)
-    devices, threads = default_devices("auto", None, plan.to_run())
+@dataclass(frozen=True)
+class Trial:
+    """One setting of one method and the runs made with it."""
+
+    method: str
+    settings: dict[str, Any]
+    records: tuple[Record, ...] = ()
+
+    @property
+    def mean(self) -> float:
+        """Mean last-epoch validation accuracy [%] over the runs that reached an end."""
+        reached = [item.last.accuracy for item in self.records if item.last]
+        return sum(reached) / len(reached)
+
+    def order(self) -> tuple[float, int]:
+        """Accuracy first; of equals the one that passed fewer images through the teacher."""
+        return self.mean, -self.records[0].counters.teacher_images
+
+    def as_json(self) -> dict[str, Any]:
+        """What is kept of it."""
+        first = self.records[0].counters
+        return {
+            "settings": self.settings,
+            "validation_accuracy": {str(run.job.seed): round(run.last.accuracy, 3) for run in self.records if run.last},
+            "mean": round(self.mean, 3),
+            "teacher_images": first.teacher_images,
+            "student_steps": first.student_steps,
+        }
+
+
+def run_trials(
+    dataset: str, trials: Sequence[Trial], seeds: tuple[int, ...], home: Path, found: Plugins
+) -> list[Trial]:
+    """All trials as one plan, so that every worker is busy; returns them with the new runs added."""
+    if not trials or not seeds:
+        return list(trials)
+    plans = [
+        make_plan(
+            make_suite(
+                "trials", f"{trial.method} trial", dataset, [trial.method], controls=(), seeds=seeds,
+                evaluate_on="validation", protocol="smoke",
+                settings={f"{trial.method}.{name}": value for name, value in trial.settings.items()},
+            ), found, home,
+        )
+        for trial in trials
+    ]  # fmt: skip
+    missing = {spec.model_dump_json(): spec for plan in plans for spec in plan.missing_teachers}
+    planned = {item.job.id: item for plan in plans for item in plan.planned}
+    whole = Plan(plans[0].suite, tuple(planned.values()), tuple(missing.values()))
+    devices, threads = default_devices("auto", None, whole.to_run(("failed", "stale")))
     place = Place(home, threads=threads, workers=len(devices))
-    with show(plan, Console(stderr=True), quiet=not sys.stderr.isatty()) as report:
-        records = carry_out(plan, found, place, devices, report=report)
-    if broken := [item.reason for item in records if item.status != "done"]:
-        raise UserError(f"{method} with {trial}: {broken[0]}")  # a bug, not a bad setting: a collapse is `done`
-    accuracies = {str(item.job.seed): round(item.last.accuracy, 3) for item in records if item.last}
-    reached = list(accuracies.values())
-    return {
-        "settings": trial,
-        "validation_accuracy": accuracies,
-        "mean": round(sum(reached) / len(reached), 3),
-        "teacher_images": records[0].counters.teacher_images,
-        "student_steps": records[0].counters.student_steps,
+    with show(whole, Console(stderr=True), quiet=not sys.stderr.isatty()) as report:
+        made = {item.job_id: item for item in carry_out(whole, found, place, devices, ("failed", "stale"), report)}
+    done = []
+    for trial, plan in zip(trials, plans, strict=True):
+        runs = [made[item.job.id] for item in plan.planned]
+        if broken := [run.reason for run in runs if run.status != "done"]:  # a bug, no bad setting: those are `done`
+            raise UserError(f"{trial.method} with {trial.settings}: {broken[0]}")
+        done.append(replace(trial, records=(*trial.records, *runs)))
+    return done
+
+
+def tune(
+    dataset: str, methods: Sequence[str], count: int, finalists: int, seeds: tuple[int, ...], output: Path
+) -> dict[str, Any]:
+    """Trials of all ``methods``; returns what is kept of them, by method."""
+    found, home = plugins.discover(), output / "trials" / ".work"
+    searches = {method: dict(found.method(method).search) for method in methods}
+    for method, search in searches.items():
+        if not search:
+            raise UserError(f"method {method} has no `search` space to draw trials from")
+    trials = [Trial(method, drawn) for method, search in searches.items() for drawn in draw_trials(search, count)]
+    trials = run_trials(dataset, trials, seeds[:1], home, found)
+    rank = {
+        id(trial): place
+        for method in methods
+        for place, trial in enumerate(
+            sorted((item for item in trials if item.method == method), key=Trial.order, reverse=True)
+        )
     }
+    final = run_trials(dataset, [item for item in trials if rank[id(item)] < finalists], seeds[1:], home, found)
+    by_setting = {(item.method, json.dumps(item.settings)): item for item in [*trials, *final]}
+    kept = {}
+    for method, search in searches.items():
+        own = [item for (name, _), item in by_setting.items() if name == method]
+        for number, trial in enumerate(own):
+            print(f"{method} trial {number}: {trial.mean:.2f} %, {len(trial.records)} seeds  {trial.settings}")
+        best = max((item for item in own if len(item.records) == len(seeds)), key=Trial.order)
+        print(f"{method}: best {best.mean:.2f} % with {best.settings or 'the present settings'}", flush=True)
+        kept[method] = {
+            "search": {name: list(values) for name, values in search.items()},
+            "seeds": list(seeds),
+            "finalists": finalists,
+            "trials": [item.as_json() for item in own],
+            "chosen": own.index(best),
+            "software": record.software(),
+        }
+    return kept
 
 
 def main() -> None:
@@ -72,6 +153,7 @@ def main() -> None:
     parser.add_argument("--dataset", required=True)
     parser.add_argument("--methods", required=True)
     parser.add_argument("--trials", type=int, default=8)
+    parser.add_argument("--finalists", type=int, default=3)
     parser.add_argument("--seeds", default=f"{FIRST_SEED}-{FIRST_SEED + 1}")
     parser.add_argument("--output", type=Path, default=Path("results"))
     arguments = parser.parse_args()
@@ -80,21 +162,10 @@ def main() -> None:
         if min(seeds) < FIRST_SEED:
             raise UserError(f"--seeds {arguments.seeds}: settings are chosen with seeds from {FIRST_SEED} up")
         path = arguments.output / "trials" / f"{record.safe_name(arguments.dataset)}.json"
+        methods, finalists = split_list(arguments.methods), min(arguments.finalists, arguments.trials)
+        new = tune(arguments.dataset, methods, arguments.trials, finalists, seeds, arguments.output)
         known = json.loads(path.read_text()) if path.is_file() else {}
-        found = plugins.discover()
-        for method in split_list(arguments.methods):
-            search = dict(found.method(method).search)
-            if not search:
-                raise UserError(f"method {method} has no `search` space to draw trials from")
-            trials = []
-            for number, trial in enumerate(draw_trials(search, arguments.trials)):
-                trials.append(run_trial(arguments.dataset, method, trial, seeds, arguments.output / "trials" / ".work"))
-                print(f"{method} trial {number}: {trials[-1]['mean']:.2f} %  {trial or 'present settings'}", flush=True)
-            best = max(trials, key=lambda item: (item["mean"], -item["teacher_images"]))
-            print(f"{method}: best {best['mean']:.2f} % with {best['settings'] or 'the present settings'}", flush=True)
-            base = {"search": {name: list(values) for name, values in search.items()}, "seeds": list(seeds)}
-            known[method] = {**base, "trials": trials, "chosen": trials.index(best), "software": record.software()}
-            record.write_text(path, json.dumps(known, indent=1) + "\n")
+        record.write_text(path, json.dumps({**known, **new}, indent=1) + "\n")
     except UserError as error:
         sys.exit(f"error: {error}")
 

@@ -477,6 +477,10 @@ def settings_are_not_the_schedules(subject: Subject) -> None:
 def own_settings_parse(subject: Subject) -> None:
     """`published` and `smoke` settings are valid, their keys DATASET or DATASET/TEACHER:STUDENT."""
     cls = subject.method_class
+    try:
+        cls.Config(**cls.described)
+    except ValidationError as error:
+        raise Broken(f"described: {_named(error)}") from None
     for table, entries in (("published", cls.published), ("smoke", cls.smoke)):
         for key, entry in entries.items():
             if not re.fullmatch(r"[^/:]+(/[^/:]+:[^/:]+)?", key):
@@ -700,6 +704,36 @@ def no_data_file_opened(subject: Subject) -> None:
         raise Broken(f"the method opened {opened[0]}")
 
 
+def generation_cost_is_counted(subject: Subject) -> None:
+    """`generation_cost` is what the runner counts, and `absorbs` names a whole-number setting that it grows with."""
+    bench, method_class, tally, synthesizing = subject.bench(), subject.method_class, run.Tally(), False
+
+    @contextmanager
+    def around(call: str) -> Iterator[None]:
+        nonlocal synthesizing
+        synthesizing = call == "synthesize"
+        yield
+        synthesizing = False
+
+    run.count_gradient_passes(bench.teacher, tally, lambda: synthesizing)
+    bench.play(range(EPOCHS), around)
+    said = method_class.generation_cost(bench.config, SCHEDULE, bench.case.num_classes)
+    if said != tally.teacher_images:
+        raise Broken(
+            f"synthesis passed {tally.teacher_images} images through the teacher, `generation_cost` says {said}"
+        )
+    if not method_class.absorbs:
+        if said:
+            raise Broken("synthesis uses the teacher's gradient, but `absorbs` names no setting that scales that")
+        return
+    value = getattr(bench.config, method_class.absorbs, None)
+    if not isinstance(value, int):
+        raise Broken(f"`absorbs` names '{method_class.absorbs}', which is no whole-number setting")
+    more = method_class.Config(**{**bench.config.model_dump(), method_class.absorbs: 2 * value})
+    if method_class.generation_cost(more, SCHEDULE, bench.case.num_classes) <= said:
+        raise Broken(f"the generation cost doesn't grow with '{method_class.absorbs}'")
+
+
 # --- Checks of the student's steps ------------------------------------------------------------------------------------
 
 
@@ -713,6 +747,15 @@ def student_batch_size(subject: Subject) -> None:
         named = {row for part in batch.parts.values() for row in range(shape[0])[part]}
         if not 1 <= shape[0] <= wanted and len(named) != shape[0]:
             raise Broken(f"a student batch has {shape[0]} rows, {wanted} were asked for and `parts` doesn't name them")
+
+
+def batch_rows_are_right(subject: Subject) -> None:
+    """`batch_rows` says how many rows a full student batch has."""
+    bench = subject.bench()
+    most = max(batch.images.shape[0] for batch in bench.play().batches)
+    said = subject.method_class.batch_rows(bench.config, SCHEDULE.batch_size)
+    if most != said:
+        raise Broken(f"full student batches have {most} rows, `batch_rows` says {said}")
 
 
 def student_batch_range(subject: Subject) -> None:
@@ -920,7 +963,9 @@ CHECKS: tuple[Callable[[Subject], None], ...] = (
     no_hooks_left,
     seeds_left_alone,
     no_data_file_opened,
+    generation_cost_is_counted,
     student_batch_size,
+    batch_rows_are_right,
     student_batch_range,
     student_batch_detached,
     student_loss_finite,

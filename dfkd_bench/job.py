@@ -13,7 +13,7 @@ from dfkd_bench.method import Frozen, Origin, Schedule
 PROTOCOL_VERSION = 1
 """Raised whenever the runner computes something else from the same job; tables refuse to mix versions."""
 
-ProtocolName = Literal["paper", "smoke"]
+ProtocolName = Literal["paper", "equal", "smoke"]
 Precision = Literal["fp32", "bf16"]
 
 
@@ -55,6 +55,9 @@ class Job(Frozen):
     protocol_version: int = PROTOCOL_VERSION
     evaluate_on: Literal["test", "validation"] = "test"
     precision: Precision = "fp32"
+    generation_cap: int | None = Field(
+        None, ge=0, description="protocol `equal`: images that may pass through the teacher with gradient in synthesis"
+    )
     # Where the settings come from. Not part of the identity: a better citation does not change a result.
     origin: Origin = "ours"
     source: str = ""
@@ -68,6 +71,8 @@ class Job(Frozen):
     def id(self) -> str:
         """Twelve hexadecimal digits: a hash of everything that changes the result."""
         identity = self.model_dump(mode="json", exclude={"origin", "source"})
+        if self.generation_cap is None:  # the ids of the other protocols' jobs do not know of it
+            del identity["generation_cap"]
         return digest(identity)[:12]
 
 

@@ -176,6 +176,11 @@ class Schedule(Frozen):
             raise ValueError(f"warmup_epochs ({self.warmup_epochs}) must be smaller than epochs ({self.epochs})")
 
     @property
+    def rounds(self) -> int:
+        """Calls of ``synthesize`` in a whole run."""
+        return self.epochs * self.rounds_per_epoch
+
+    @property
     def total_student_steps(self) -> int:
         """Student steps of a whole run."""
         return (self.epochs - self.warmup_epochs) * self.rounds_per_epoch * self.student_steps
@@ -207,6 +212,9 @@ class Method(ABC):
     published: ClassVar[Mapping[str, Published]] = {}  # "cifar10" or "cifar10/wrn40_2:wrn16_1" -> protocol `paper`
     smoke: ClassVar[Mapping[str, Published]] = {}  # "digits" -> protocol `smoke`: minutes on a CPU, ours
     search: ClassVar[Mapping[str, Sequence[Any]]] = {}  # setting -> values tried when `smoke` settings are chosen
+    absorbs: ClassVar[str] = ""  # protocol `equal`: the setting that takes up the generation budget; "": makes nothing
+    described: ClassVar[Mapping[str, Any]] = {}  # protocol `equal`: what authors describe where their code differs
+    equal_lr: ClassVar[Mapping[str, float]] = {}  # protocol `equal`: "digits" -> the learning rate chosen on validation
     tiny: ClassVar[Mapping[str, Any]] = {}  # settings that make a call take milliseconds, for the conformance checks
     quirks: ClassVar[Mapping[str, str]] = {}  # conformance check -> why this method, faithfully, breaks it
     transient: ClassVar[frozenset[str]] = frozenset()  # attributes that need not survive a resume
@@ -255,6 +263,17 @@ class Method(ABC):
     def unsupported(cls, config: Any, task: Task) -> str | None:
         """A reason why this task can't be done with this configuration, which becomes a row; None if it can."""
         return None
+
+    @classmethod
+    def generation_cost(cls, config: Any, schedule: Schedule, num_classes: int) -> int:
+        """Images that ``synthesize`` passes through the teacher with gradient in a whole run. `dfkd-bench check`
+        compares it with what the runner counts; protocol `equal` chooses the setting ``absorbs`` by it."""
+        return 0
+
+    @classmethod
+    def batch_rows(cls, config: Any, size: int) -> int:
+        """Rows of a student batch that was asked for with ``size``: more if replayed images or pairs come on top."""
+        return size
 
     @classmethod
     def outside_knowledge(cls, config: Any) -> str | None:

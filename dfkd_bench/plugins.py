@@ -88,7 +88,7 @@ class Source:
 def _is_settings_table(node: ast.stmt) -> bool:
     """``Nayer.smoke = {...}`` and the like at a file's end."""
     target = node.targets[0] if isinstance(node, ast.Assign) else None
-    return isinstance(target, ast.Attribute) and target.attr in ("published", "smoke", "search")
+    return isinstance(target, ast.Attribute) and target.attr in ("published", "smoke", "search", "equal_lr")
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,10 @@ from dfkd_bench.shuffle import Shuffle
 
 
 class Pool:
-    """Images [n, C, H, W] as uint8 and rows of named extras beside them. With a cap, the newest ``cap`` are kept."""
+    """Images [n, C, H, W] as uint8 and rows of named extras beside them. With a cap, the newest ``cap`` are kept.
+
+    ``full_batches``: a batch is filled up from the next pass, so that all student batches are of one size.
+    """
 
     def __init__(
         self,
@@ -26,11 +29,12 @@ class Pool:
         device: torch.device,
         generator: torch.Generator,
         cap: int | None = None,
+        full_batches: bool = False,
     ) -> None:
         self.cap = cap
         self.made = 0  # images ever added
         self._device = device
-        self._shuffle = Shuffle(generator, device)
+        self._shuffle = Shuffle(generator, device, full_batches)
         self._images = torch.empty((0, *image_shape), dtype=torch.uint8, device=device)
         self._extras: dict[str, Tensor] = {}
         self._size = 0

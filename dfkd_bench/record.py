@@ -72,8 +72,9 @@ class Counters(Frozen):
     """Counted by the runner, not by the method."""
 
     images_made: int = 0  # images handed to the pool
-    teacher_images: int = 0  # images passed through the teacher with gradient: the generation cost
-    generator_steps: int = 0  # batches passed through the teacher with gradient
+    teacher_images: int = 0  # images passed through the teacher with gradient in synthesis: the generation cost
+    generator_steps: int = 0  # batches, likewise
+    guided_images: int = 0  # images passed through the teacher with gradient in student steps (attention, memory, ...)
     student_steps: int = 0
     student_images: int = 0  # rows of all student batches
     extra_rows: int = 0  # rows of student batches beyond the schedule's batch size (replay and the like)

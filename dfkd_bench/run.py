@@ -58,6 +58,10 @@ class NotDataFree(Exception):
     """A method opened data files while it ran."""
 
 
+class OverBudget(Exception):
+    """Protocol `equal`: synthesis passed more images through the teacher than every method is allowed."""
+
+
 def run(job: Job, place: Place, report: Callable[[EpochDone], None] = lambda done: None) -> Record:
     """Run ``job``, or go on with it, and write its record. An exception of the method becomes a failed record.
 
@@ -108,11 +112,12 @@ def stream_seed(seed: int, name: str) -> int:
 
 
 @dataclass
-class _Counts:
-    """The mutable side of ``Counters``."""
+class Tally:
+    """The mutable side of ``record.Counters``."""
 
     teacher_images: int = 0
     generator_steps: int = 0
+    guided_images: int = 0
     student_steps: int = 0
     student_images: int = 0
     extra_rows: int = 0
@@ -127,7 +132,7 @@ class _Bench:
     optimizer: torch.optim.Optimizer
     pool: Pool
     streams: dict[str, torch.Generator]
-    counts: _Counts
+    counts: Tally
     scalars: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -156,6 +161,7 @@ class _Run:
         self.best: Score | None = None
         self.last: Score | None = None
         self.resumes = 0
+        self.synthesizing = False
         self.outcome: Outcome | None = None
 
     def finish(self, report: Callable[[EpochDone], None], started: str) -> Record:
@@ -265,12 +271,13 @@ class _Run:
         )
         student = self.compute.place(student)
         optimizer = build_optimizer(student.parameters(), schedule)
-        pool = Pool(self.dataset.image_shape, self.device, streams["pool"], schedule.pool_cap)
+        full = self.job.protocol == "equal"
+        pool = Pool(self.dataset.image_shape, self.device, streams["pool"], schedule.pool_cap, full_batches=full)
         seed_everything(stream_seed(self.job.seed, "global"))
         with self.clock.phase("setup"), self.watch.method():
             method = method_class(config, task)
-        counts = _Counts()
-        _count_gradient_passes(self.teacher.model, counts)
+        counts = Tally()
+        count_gradient_passes(self.teacher.model, counts, lambda: self.synthesizing)
         return _Bench(method, student, optimizer, pool, streams, counts)
 
     # -- the loop -------------------------------------------------------------------------------------------------
@@ -305,11 +312,18 @@ class _Run:
     def _synthesis_phase(self, bench: _Bench, at: Progress) -> None:
         # Parameters of the student need no gradient here: images do, through it.
         bench.student.eval().requires_grad_(False)
+        self.synthesizing = True
         with self.clock.phase("synthesis"):
             with self.watch.method(), self.compute.autocast():
                 made = bench.method.synthesize(bench.student, at)
             if made.images is not None:
                 bench.pool.add(made.images, made.extras)
+        self.synthesizing = False
+        if self.job.generation_cap is not None and bench.counts.teacher_images > self.job.generation_cap:
+            raise OverBudget(
+                f"synthesis passed {bench.counts.teacher_images:,} images through the teacher by epoch {at.epoch}; "
+                f"protocol equal allows {self.job.generation_cap:,}"
+            )
         bench.scalars = dict(made.scalars)
         bench.student.train().requires_grad_(True)
 
@@ -404,16 +418,35 @@ class _Run:
         return path if len(parts) <= 4 else str(Path("...", *parts[-3:]))
 
 
-def _count_gradient_passes(teacher: nn.Module, counts: _Counts) -> None:
-    """Count what goes through the teacher with gradient: the cost of generation, the same measure for all methods."""
+def count_gradient_passes(teacher: nn.Module, counts: Tally, synthesizing: Callable[[], bool]) -> None:
+    """Count what goes through the teacher with gradient: the cost of generation, the same measure for all methods.
 
-    def hook(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        images = inputs[0]
-        if torch.is_grad_enabled() and images.requires_grad:
-            counts.teacher_images += images.shape[0]
-            counts.generator_steps += 1
+    ``forward`` and ``features`` are entrances both; one that is called by the other is the same pass.
+    """
+    inside = False
 
-    teacher.register_forward_pre_hook(hook)
+    def counted(entrance: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
+        def enter(images: Tensor) -> Any:
+            nonlocal inside
+            if inside:
+                return entrance(images)
+            if torch.is_grad_enabled() and images.requires_grad:
+                if synthesizing():
+                    counts.teacher_images += images.shape[0]
+                    counts.generator_steps += 1
+                else:
+                    counts.guided_images += images.shape[0]
+            inside = True
+            try:
+                return entrance(images)
+            finally:
+                inside = False
+
+        return enter
+
+    for name in ("forward", "features"):
+        if hasattr(teacher, name):
+            setattr(teacher, name, counted(getattr(teacher, name)))
 
 
 def _method_facts(source: plugins.Source) -> MethodFacts:

@@ -10,15 +10,17 @@ from torch import Tensor
 
 
 class Shuffle:
-    """Row numbers in random order; each pass covers every row once, the last batch of a pass may be shorter.
+    """Row numbers in random order; each pass covers every row once. The last batch of a pass may be shorter; if
+    batches are to be ``full``, it is filled up from the next pass.
 
     Source: the released codes' DataIter over a shuffled loader without drop_last (zju-vipa/CMI,
     datafree/utils/_utils.py).
     """
 
-    def __init__(self, generator: torch.Generator, device: torch.device) -> None:
+    def __init__(self, generator: torch.Generator, device: torch.device, full: bool = False) -> None:
         self._generator = generator
         self._device = device
+        self._full = full
         self._order: Tensor | None = None
         self._position = 0
 
@@ -27,11 +29,20 @@ class Shuffle:
         self._order = None
 
     def next(self, rows: int, size: int) -> Tensor:
-        """Up to ``size`` of ``rows`` row numbers, int64 on the device.
+        """Up to ``size`` (``full``: exactly ``size``) of ``rows`` row numbers, int64 on the device.
 
         A single left-over row is skipped: BatchNorm has no variance over one row of a 1x1 feature map.
         """
-        if self._order is None or rows - self._position < min(2, rows):
+        if self._full:
+            parts, missing = [], size
+            while missing > 0:
+                parts.append(self._up_to(rows, missing, at_least=1))
+                missing -= parts[-1].shape[0]
+            return torch.cat(parts)
+        return self._up_to(rows, size, at_least=2)
+
+    def _up_to(self, rows: int, size: int, at_least: int) -> Tensor:
+        if self._order is None or rows - self._position < min(at_least, rows):
             self._order = torch.randperm(rows, device=self._device, generator=self._generator)
             self._position = 0
         drawn = self._order[self._position : self._position + size]

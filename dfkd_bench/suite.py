@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field, ValidationError
 
-from dfkd_bench import teachers
+from dfkd_bench import equal, teachers
 from dfkd_bench.compute import resolve_device, resolve_precision
 from dfkd_bench.data import DataSet
 from dfkd_bench.errors import UserError, unknown
@@ -25,7 +25,7 @@ from dfkd_bench.plugins import Plugins
 TEACHER = "teacher"  # owner of settings that change the teacher's recipe: -s teacher.epochs=50
 SMALL_RECIPE = {"epochs": 30, "include_validation": False}  # `smoke` on a data set without a recipe of its own
 
-PROTOCOLS: tuple[ProtocolName, ...] = ("paper", "smoke")
+PROTOCOLS: tuple[ProtocolName, ...] = ("paper", "equal", "smoke")
 
 
 class Suite(Frozen):
@@ -67,7 +67,7 @@ def suite_names() -> tuple[str, ...]:
     """The built-in suites."""
     folder = importlib.resources.files("dfkd_bench.benchmarks")
     stems = (Path(entry.name) for entry in folder.iterdir())
-    return tuple(sorted(path.stem for path in stems if path.suffix == ".toml" and path.stem != "defaults"))
+    return tuple(sorted(path.stem for path in stems if path.suffix == ".toml" and path.stem not in ("defaults", "equal")))
 
 
 def read_suite(name_or_file: str) -> Suite:
@@ -241,6 +241,7 @@ def expand(
         owner = key.partition(".")[0]
         if owner not in (*classes, TEACHER):
             raise unknown(f"method in -s {key}:", owner, (*classes, TEACHER))
+    cap = equal.budget(dataset.name).teacher_images if suite.protocol == "equal" else None
     resolved = resolve_precision(precision, resolve_device(device), dataset.image_shape[1])
     families = {name: found.source(name).card().get("family") for name in classes}
     lead = next((name for name in suite.methods if families[name] != "control"), defaults()["lead_method"])
@@ -249,7 +250,10 @@ def expand(
         teacher_name, student = parse_pair(pair, found)
         teacher = teacher_spec(dataset, teacher_name, suite.protocol, suite.settings)
         plans = {
-            name: _plan(name, classes[name], families[name] == "control", lead, suite, pair, found) for name in classes
+            name: _plan(name, classes[name], families[name] == "control", lead, suite, pair, found)
+            if suite.protocol != "equal"
+            else _equal_plan(name, classes[name], suite, pair, dataset, found)
+            for name in classes
         }
         for seed in suite.seeds:
             for name, plan in plans.items():
@@ -265,6 +269,7 @@ def expand(
                         protocol=suite.protocol,
                         evaluate_on=suite.evaluate_on,
                         precision=resolved,
+                        generation_cap=cap,
                         origin=plan.origin,
                         source=plan.source,
                     )
@@ -297,7 +302,7 @@ def teacher_spec(
         if key not in (*Recipe.model_fields, "seed"):
             raise unknown("setting of teacher", key, [*Recipe.model_fields, "seed"])
     recipe: dict[str, Any] = {}
-    if protocol == "paper":
+    if settings_table(protocol, dataset.name) == "paper":
         imported = teachers.find_imported(dataset, model)
         if imported and not own:
             return imported.spec
@@ -310,9 +315,14 @@ def teacher_spec(
         raise UserError(f"teacher: {validation_line(error)}") from None
 
 
+def settings_table(protocol: ProtocolName, dataset: str) -> Literal["paper", "smoke"]:
+    """Which of a method's tables of settings a protocol starts from."""
+    return equal.budget(dataset).settings if protocol == "equal" else protocol
+
+
 def settings_for(method: type[Method], protocol: ProtocolName, dataset: str, pair: str) -> Published | None:
     """A method's own settings for a cell: those of the pair, of the data set, or else transferred from another."""
-    table = method.published if protocol == "paper" else method.smoke
+    table = method.published if settings_table(protocol, dataset) == "paper" else method.smoke
     for key in (f"{dataset}/{pair}", dataset):
         if key in table:
             return table[key]
@@ -360,6 +370,26 @@ def _plan(
     origin = "ours" if overridden and own.origin != "ours" else own.origin
     source = f"{own.source}; changed by -s" if overridden else own.source
     return Published(schedule=final, config=complete, origin=origin, source=source)
+
+
+def _equal_plan(
+    name: str, method: type[Method], suite: Suite, pair: str, dataset: DataSet, found: Plugins
+) -> Published:
+    """The same for protocol `equal`: the method's own settings, brought to the data set's budget."""
+    own = settings_for(method, suite.protocol, suite.dataset, pair)
+    if own is None:
+        schedule = _lead_schedule(name, defaults()["lead_method"], suite, pair, found)
+        schedule = schedule.model_copy(update={"epochs": 1, "warmup_epochs": 0, "pool_cap": None})
+        own = Published(schedule=schedule, config={}, origin="ours", source="defaults")
+    overrides = {
+        setting: value
+        for owner, _, setting, value in ((*key.partition("."), value) for key, value in suite.settings.items())
+        if owner == name
+    }
+    for setting in overrides:
+        if setting not in method.Config.model_fields and setting not in Schedule.model_fields:
+            raise unknown(f"setting of {name}", setting, [*method.Config.model_fields, *Schedule.model_fields])
+    return equal.fit(name, method, own, suite.dataset, pair, dataset.num_classes, overrides)
 
 
 def _lead_schedule(name: str, lead: str, suite: Suite, pair: str, found: Plugins) -> Schedule:

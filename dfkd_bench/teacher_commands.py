@@ -42,7 +42,7 @@ def train(
         return _line(teachers.folder(dataset, spec), teachers.read_card(teachers.folder(dataset, spec))) + " (at hand)"
     resolved = resolve_device(device)
     # As in `run`: with one thread the weights of a `smoke` teacher do not depend on the machine's core count.
-    set_threads(1 if known.protocol == "smoke" else cores_at_hand())
+    set_threads(1 if suite.settings_table(known.protocol, dataset.name) == "smoke" else cores_at_hand())
     compute = Compute(resolved, resolve_precision(precision, resolved, dataset.image_shape[1]))
     card = teachers.train(dataset, spec, compute, data_root, found.models, report)
     return _line(teachers.folder(dataset, spec), card)

@@ -103,6 +103,7 @@ class Cmi(Method):
 
     Config = CmiConfig
     needs = frozenset({"batchnorm"})
+    absorbs = "generator_steps"
     tiny: ClassVar = {"synthesis_batch_size": 12, "latent_dim": 8, "generator_steps": 2, "generator_width": 4}
     tiny |= {"bank_size": 30, "negatives": 16, "contrast_width": 8}
     transient = frozenset({"layers"})  # modules of the teacher
@@ -178,6 +179,11 @@ class Cmi(Method):
         with torch.no_grad():
             keys = self.head(torch.cat([whole, cached_whole]))
         return contrastive(queries, keys, config.contrast_temperature, fresh=local.shape[0])
+
+    @classmethod
+    def generation_cost(cls, config: CmiConfig, schedule: Schedule, num_classes: int) -> int:
+        views = 2 if config.contrast > 0 else 1  # the contrast sees a local view, too
+        return views * schedule.rounds * config.generator_steps * config.synthesis_batch_size
 
 
 @contextmanager

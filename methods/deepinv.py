@@ -74,6 +74,8 @@ class DeepInversion(Method):
 
     Config = DeepInversionConfig
     needs = frozenset({"batchnorm"})
+    absorbs = "pixel_steps"
+    described: ClassVar = {"select": "best", "bounded_competition": True}
     tiny: ClassVar = {"synthesis_batch_size": 12, "pixel_steps": 2}
 
     def __init__(self, config: DeepInversionConfig, task: Task) -> None:
@@ -131,6 +133,10 @@ class DeepInversion(Method):
             divergence = divergence.clamp(0, 1)
         return distance + config.adversarial * divergence
 
+    @classmethod
+    def generation_cost(cls, config: DeepInversionConfig, schedule: Schedule, num_classes: int) -> int:
+        return schedule.rounds * config.pixel_steps * config.synthesis_batch_size
+
 
 def _script(epochs: int, origin: Origin, source: str, batch: int = 256, **config: float) -> Published:
     return Published(
@@ -160,8 +166,7 @@ DeepInversion.published = {
     "cifar100/resnet34:wrn40_1": _script(400, "third-party", f"{FORK}/deepinv_cifar100_resnet34_resnet18.sh (newest)"),
 }
 DeepInversion.search = {
-    "synthesis_batch_size": (100, 200),
-    "pixel_steps": (50, 100, 200),
+    "pixel_steps": (30, 60, 100),
     "pixel_lr": (0.05, 0.1, 0.2),
     "batchnorm": (1.0, 10.0),
     "adversarial": (0.0, 1.0),

@@ -63,6 +63,7 @@ class Dfad(Method):
     """The method. One call takes ``generator_steps`` steps of one persistent generator; no image is kept."""
 
     Config = Config
+    absorbs = "generator_steps"
     tiny: ClassVar = {"synthesis_batch_size": 12, "latent_dim": 8, "generator_width": 4}
 
     def __init__(self, config: Any, task: Task) -> None:
@@ -98,6 +99,10 @@ class Dfad(Method):
 
     def _draw(self, size: int) -> Tensor:
         return torch.randn(size, self.config.latent_dim, device=self.task.device, generator=self.task.rng)
+
+    @classmethod
+    def generation_cost(cls, config: Any, schedule: Schedule, num_classes: int) -> int:
+        return schedule.rounds * config.generator_steps * config.synthesis_batch_size
 
 
 ORIGINAL = Published(

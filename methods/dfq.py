@@ -93,6 +93,7 @@ class Dfq(Method):
 
     Config = Config
     needs = frozenset({"batchnorm"})
+    absorbs = "generator_steps"
     tiny: ClassVar = {"synthesis_batch_size": 12, "latent_dim": 8, "generator_width": 4}
 
     def __init__(self, config: Any, task: Task) -> None:
@@ -138,6 +139,10 @@ class Dfq(Method):
 
     def _draw(self, size: int) -> Tensor:
         return torch.randn(size, self.config.latent_dim, device=self.task.device, generator=self.task.rng)
+
+    @classmethod
+    def generation_cost(cls, config: Any, schedule: Schedule, num_classes: int) -> int:
+        return schedule.rounds * config.generator_steps * config.synthesis_batch_size
 
 
 def _script(lr: float, name: str) -> Published:

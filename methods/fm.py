@@ -71,6 +71,7 @@ class FastMeta(Method):
 
     Config = FastMetaConfig
     needs = frozenset({"batchnorm"})
+    absorbs = "generator_steps"
     tiny: ClassVar = {"synthesis_batch_size": 12, "latent_dim": 8, "generator_steps": 2, "generator_width": 4}
 
     def __init__(self, config: FastMetaConfig, task: Task) -> None:
@@ -138,6 +139,10 @@ class FastMeta(Method):
             for layer in (self.generator.project, self.generator.body.norm):
                 layer.weight.normal_(0, 0.02)
                 layer.bias.zero_()
+
+    @classmethod
+    def generation_cost(cls, config: FastMetaConfig, schedule: Schedule, num_classes: int) -> int:
+        return schedule.rounds * config.generator_steps * config.synthesis_batch_size
 
 
 def add_gradients(meta: nn.Module, fast: nn.Module) -> None:

@@ -119,6 +119,7 @@ class Mad(Method):
 
     Config = Config
     needs = frozenset({"batchnorm"})
+    absorbs = "generator_steps"
     tiny: ClassVar = {"synthesis_batch_size": 12, "latent_dim": 8, "generator_width": 4}
 
     def __init__(self, config: Any, task: Task) -> None:
@@ -202,6 +203,15 @@ class Mad(Method):
         if config.conditional == "none":
             return latents, None
         return latents, torch.randint(task.num_classes, (size,), device=task.device, generator=task.rng)
+
+    @classmethod
+    def generation_cost(cls, config: Any, schedule: Schedule, num_classes: int) -> int:
+        steps = config.pretraining_steps + schedule.rounds * config.generator_steps
+        return steps * config.synthesis_batch_size
+
+    @classmethod
+    def batch_rows(cls, config: Any, size: int) -> int:
+        return size * ((config.current > 0) + (config.remembered > 0))
 
 
 def _ours(config: dict[str, Any]) -> Published:

@@ -99,6 +99,8 @@ class PreDfkd(Method):
         "student_batch_range": "the generators end in tanh and a BatchNorm: their images have the mean and variance of "
         "normalised images, but not their range",
     }
+    absorbs = "generator_steps"
+    described: ClassVar = {"student_eval": True, "tuning_trains_memory": False}
     tiny: ClassVar = {"synthesis_batch_size": 12, "latent_dim": 8, "generator_width": 4, "memory_steps": 2}
 
     def __init__(self, config: Any, task: Task) -> None:
@@ -182,6 +184,14 @@ class PreDfkd(Method):
 
     def _draw(self, size: int) -> Tensor:
         return torch.randn(size, self.config.latent_dim, device=self.task.device, generator=self.task.rng)
+
+    @classmethod
+    def generation_cost(cls, config: Any, schedule: Schedule, num_classes: int) -> int:
+        return schedule.rounds * config.generator_steps * config.synthesis_batch_size
+
+    @classmethod
+    def batch_rows(cls, config: Any, size: int) -> int:
+        return size + max(2, size // config.replay_divisor)
 
 
 PreDfkd.published = {

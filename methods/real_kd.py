@@ -38,7 +38,7 @@ class RealKD(Method):
 
     def __init__(self, config: MethodConfig, task: Task) -> None:
         super().__init__(config, task)
-        self.shuffle = Shuffle(task.rng, task.device)
+        self.shuffle = Shuffle(task.rng, task.device, full=True)
 
     def synthesize(self, student: nn.Module, at: Progress) -> Synthesis:
         return Synthesis(None)

@@ -73,6 +73,7 @@ class SpaceshipNet(Method):
 
     Config = Config
     needs = frozenset({"batchnorm"})
+    absorbs = "generator_steps"
     tiny: ClassVar = {"synthesis_batch_size": 12, "latent_dim": 8, "generator_steps": 2, "generator_width": 4}
 
     def __init__(self, config: Any, task: Task) -> None:
@@ -137,6 +138,10 @@ class SpaceshipNet(Method):
         for own, wanted in zip(seen.stages, teacher.stages, strict=False):  # as many as both have
             loss = loss + config.gradient_maps * map_distance(own, wanted)
         return loss
+
+    @classmethod
+    def generation_cost(cls, config: Any, schedule: Schedule, num_classes: int) -> int:
+        return schedule.rounds * config.generator_steps * config.synthesis_batch_size
 
 
 class Maps(NamedTuple):

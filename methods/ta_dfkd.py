@@ -147,8 +147,11 @@ class TaDfkd(Method):
     needs = frozenset({"batchnorm"})
     quirks: ClassVar = {
         "student_unchanged_by_synthesis": "in the generator's step the released code leaves the student in train mode, "
-        "so that its BatchNorm statistics move; student_eval=true does without"
+        "so that its BatchNorm statistics move; student_eval=true does without",
+        "generation_cost_is_counted": "how many images are kept depends on the images; the cost is that of keeping all",
     }
+    absorbs = "generator_steps"
+    described: ClassVar = {"student_eval": True}
     tiny: ClassVar = {"synthesis_batch_size": 12, "latent_dim": 8, "generator_width": 4}
 
     def __init__(self, config: Any, task: Task) -> None:
@@ -219,6 +222,10 @@ class TaDfkd(Method):
 
     def _latents(self, size: int) -> Tensor:
         return torch.randn(size, self.config.latent_dim, device=self.task.device, generator=self.task.rng)
+
+    @classmethod
+    def generation_cost(cls, config: Any, schedule: Schedule, num_classes: int) -> int:
+        return schedule.rounds * config.generator_steps * config.synthesis_batch_size
 
 
 def _script(epochs: int, source: str, **config: Any) -> Published:

@@ -7,6 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from dfkd_bench import check, plugins
+from dfkd_bench.augment import to_uint8
 from dfkd_bench.pool import Pool
 from dfkd_bench.shuffle import Shuffle
 
@@ -111,6 +113,43 @@ def test_a_cap_keeps_the_newest(batch: int) -> None:
         pool.add(numbered(start, start + batch))
     assert pool.images[:, 0, 0, 0].tolist() == list(range(50, 60))
     assert (len(pool), pool.made) == (10, 60)
+
+
+def test_a_cap_drops_the_oldest_of_one_batch_too() -> None:
+    pool = new_pool(cap=4)
+    pool.add(numbered(0, 3))
+    pool.add(numbered(3, 12), {})
+    assert pool.images[:, 0, 0, 0].tolist() == [8, 9, 10, 11]
+
+
+def test_a_cap_larger_than_the_pool_changes_nothing() -> None:
+    capped, other = new_pool(cap=100), new_pool()
+    for pool in (capped, other):
+        pool.add(numbered(0, 9))
+        pool.add(numbered(9, 20))
+    assert torch.equal(capped.images, other.images)
+    assert one_pass(capped, 6) == one_pass(other, 6)
+
+
+BUILT_IN = {name: source for name, source in plugins.discover().methods.items() if source.kind == "built-in"}
+
+
+@pytest.mark.parametrize("method", sorted(BUILT_IN))
+def test_every_method_works_with_a_cap(method: str) -> None:
+    """The runner's loop with a pool of five images: it holds the newest, with their extras, and students learn."""
+    bench = check.Subject(BUILT_IN[method], plugins.discover().method(method)).bench()
+    bench.pool = Pool(bench.case.image_shape, CPU, bench.streams["pool"], cap=5)
+    played = bench.play()
+    made = [synthesis for synthesis in played.syntheses if synthesis.images is not None]
+    newest = torch.cat([to_uint8(images) for images in (s.images for s in made) if images is not None] or [EMPTY])[-5:]
+    assert len(bench.pool) == len(newest)
+    assert not made or torch.equal(bench.pool.images, newest)
+    for name, rows in bench.pool.extras.items():
+        assert torch.equal(rows, torch.cat([synthesis.extras[name] for synthesis in made])[-5:])
+    assert all(torch.isfinite(loss) for loss in played.losses)
+
+
+EMPTY = torch.empty(0, dtype=torch.uint8)
 
 
 def test_only_kept_images_are_drawn() -> None:

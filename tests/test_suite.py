@@ -141,7 +141,7 @@ BASE = 'title = "t"\ndataset = "digits"\n'
         (BASE + 'methods = ["nayer"]\nseed = 1\n', "unknown key of suite mine 'seed': did you mean 'seeds'"),
         (BASE, "methods: Field required"),
         (BASE + "methods = []\n", "methods"),
-        (BASE + 'methods = ["nayer"]\nprotocol = "papr"\n', "'paper' or 'smoke'"),
+        (BASE + 'methods = ["nayer"]\nprotocol = "papr"\n', "'paper', 'equal' or 'smoke'"),
         (BASE + 'methods = ["nayer"]\nseeds = "2-0"\n', "did you mean 0-2"),
         (BASE + "methods = [", "suite mine"),
     ],

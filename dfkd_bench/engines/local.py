@@ -27,6 +27,7 @@ from dfkd_bench.job import Job, TeacherSpec
 from dfkd_bench.paths import HOME_VARIABLE, home
 from dfkd_bench.record import Record, read, record_path, write
 from dfkd_bench.run import Place, failed
+from dfkd_bench.suite import settings_table
 
 ATTEMPTS = 2  # a process that is killed is started once more: it goes on from its checkpoint
 
@@ -290,7 +291,7 @@ def default_devices(device: str, workers: int | None, jobs: Sequence[Job]) -> tu
         if workers is not None:
             slots = [slots[number % len(slots)] for number in range(workers)]
         return slots, max(1, cores // len(slots))
-    small = all(job.protocol == "smoke" for job in jobs)
+    small = all(settings_table(job.protocol, job.dataset) == "smoke" for job in jobs)
     count = workers or (max(1, min(cores, len(jobs))) if small else 1)
     return ["cpu"] * count, 1 if small else max(1, cores // count)
 
