@@ -164,8 +164,8 @@ def run(
     for name in again:
         if name not in RERUN:
             raise unknown("value of --rerun", name, RERUN)
-    chosen = _suite(suite, methods, dataset, pair, protocol, seeds, settings, controls, split)
     found = _plugins(plugin)
+    chosen = _suite(suite, methods, dataset, pair, protocol, seeds, settings, controls, split, found)
     plan_ = make_plan(chosen, found, output, data_root, device, _precision(precision))
     if dry_run:
         _print_plan(plan_)
@@ -201,8 +201,9 @@ def plan(
     """Show what would run and what is done, failed or stale. Starts nothing."""
     from dfkd_bench.plan import make_plan
 
-    chosen = _suite(suite, methods, dataset, pair, protocol, seeds, settings, controls, split)
-    _print_plan(make_plan(chosen, _plugins(plugin), output, data_root, device, _precision(precision)))
+    found = _plugins(plugin)
+    chosen = _suite(suite, methods, dataset, pair, protocol, seeds, settings, controls, split, found)
+    _print_plan(make_plan(chosen, found, output, data_root, device, _precision(precision)))
 
 
 @app.command()
@@ -228,8 +229,8 @@ def table(
 
     if form not in tables.FORMATS:
         raise unknown("format", form, tables.FORMATS)
-    chosen = _suite(suite, methods, dataset, pair, protocol, seeds, settings, controls, split)
     found = _plugins(plugin)
+    chosen = _suite(suite, methods, dataset, pair, protocol, seeds, settings, controls, split, found)
     for built in _tables(chosen, found, _records(chosen, found, output, data_root, device, precision)):
         _plain(tables.to_text(built, out.width) if form == "text" else tables.FORMATS[form](built))
 
@@ -253,8 +254,8 @@ def plot(
     to: Annotated[Path | None, typer.Option(help="A .png, .svg or .pdf file; default: OUTPUT/figures/.")] = None,
 ) -> None:
     """Draw accuracy against time from the records at hand. Starts nothing."""
-    chosen = _suite(suite, methods, dataset, pair, protocol, seeds, settings, controls, split)
     found = _plugins(plugin)
+    chosen = _suite(suite, methods, dataset, pair, protocol, seeds, settings, controls, split, found)
     records = _records(chosen, found, output, data_root, device, precision)
     for path in _figures(chosen, records, output, to):
         out.print(f"figure: {path}")
@@ -411,10 +412,11 @@ def _suite(
     settings: list[str] | None,
     controls: bool,
     split: str,
+    found: Any,
 ) -> Any:
     from dfkd_bench import suite as suites
 
-    return suites.from_options(name, methods, dataset, pair, protocol, seeds, settings or [], controls, split)
+    return suites.from_options(name, methods, dataset, pair, protocol, seeds, settings or [], controls, split, found)
 
 
 def _records(suite: Any, found: Any, output: Path, data_root: Path | None, device: str, precision: str) -> list[Any]:

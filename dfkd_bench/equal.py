@@ -134,7 +134,14 @@ def _absorbed(
             f"{name}: {method.absorbs}=1 already passes {cost(1):,} images through the teacher; protocol equal allows "
             f"{given.teacher_images:,}"
         )
-    return _largest(given.teacher_images, lambda value: cost(value) <= given.teacher_images)
+
+    def fits(value: int) -> bool:
+        try:
+            return cost(value) <= given.teacher_images
+        except ValidationError:  # beyond the setting's own bound
+            return False
+
+    return _largest(given.teacher_images, fits)
 
 
 def _largest(high: int, fits: Callable[[int], bool]) -> int:

@@ -25,6 +25,7 @@ from dfkd_bench.plugins import Plugins
 TEACHER = "teacher"  # owner of settings that change the teacher's recipe: -s teacher.epochs=50
 SMALL_RECIPE = {"epochs": 30, "include_validation": False}  # `smoke` on a data set without a recipe of its own
 
+ALL = "all"  # among the methods of a suite: every data-free one
 PROTOCOLS: tuple[ProtocolName, ...] = ("paper", "equal", "smoke")
 
 
@@ -50,7 +51,7 @@ class _File(BaseModel, extra="forbid"):
     dataset: str
     protocol: ProtocolName | None = None
     pairs: tuple[str, ...] | None = None
-    methods: tuple[str, ...] = Field(min_length=1)
+    methods: tuple[str, ...] | Literal["all"] = Field(min_length=1)
     controls: tuple[str, ...] | None = None
     seeds: str | int = "0"
     settings: dict[str, Any] = {}
@@ -67,7 +68,9 @@ def suite_names() -> tuple[str, ...]:
     """The built-in suites."""
     folder = importlib.resources.files("dfkd_bench.benchmarks")
     stems = (Path(entry.name) for entry in folder.iterdir())
-    return tuple(sorted(path.stem for path in stems if path.suffix == ".toml" and path.stem not in ("defaults", "equal")))
+    return tuple(
+        sorted(path.stem for path in stems if path.suffix == ".toml" and path.stem not in ("defaults", "equal"))
+    )
 
 
 def read_suite(name_or_file: str) -> Suite:
@@ -100,7 +103,7 @@ def read_suite(name_or_file: str) -> Suite:
         name,
         file.title,
         file.dataset,
-        file.methods,
+        (ALL,) if file.methods == ALL else file.methods,
         protocol=file.protocol,
         pairs=file.pairs,
         controls=file.controls,
@@ -151,6 +154,7 @@ def from_options(
     settings: Sequence[str],
     controls: bool,
     evaluate_on: str,
+    found: Plugins,
 ) -> Suite:
     """The suite that a command line names: a built-in one or a file with changes, or methods and a data set."""
     if evaluate_on not in ("test", "validation"):
@@ -176,7 +180,30 @@ def from_options(
         overrides["settings"] = {**base.settings, **parse_settings(settings)}
     if not controls:
         overrides["controls"] = ()
-    return base.model_copy(update=overrides)
+    return with_all(base.model_copy(update=overrides), found)
+
+
+def with_all(suite: Suite, found: Plugins) -> Suite:
+    """The suite with ``all`` replaced by what it stands for."""
+    if ALL not in suite.methods:
+        return suite
+    named = [method for method in suite.methods if method != ALL]
+    every = all_methods(found, suite.protocol, suite.dataset)
+    return suite.model_copy(update={"methods": tuple(dict.fromkeys([*named, *every]))})
+
+
+def all_methods(found: Plugins, protocol: ProtocolName, dataset: str) -> tuple[str, ...]:
+    """What ``all`` stands for: the lead method, then by year every other data-free method that has settings."""
+    cards = {name: source.card() for name, source in found.methods.items()}
+    free = [name for name, card in cards.items() if card.get("family") != "control"]
+    lead = defaults()["lead_method"]
+    order = sorted(free, key=lambda name: (name != lead, cards[name].get("year") or 0, name))
+    table = settings_table(protocol, dataset)
+    return tuple(name for name in order if _tables(found.method(name))[table])
+
+
+def _tables(method: type[Method]) -> Mapping[str, Mapping[str, Published]]:
+    return {"paper": method.published, "smoke": method.smoke}
 
 
 def split_list(text: str) -> tuple[str, ...]:
@@ -236,6 +263,7 @@ def expand(
     precision: Literal["auto", "fp32", "bf16"] = "auto",
 ) -> list[Job]:
     """The jobs of a suite, controls first, seed by seed. Nothing is started."""
+    suite = with_all(suite, found)
     classes = {name: found.method(name) for name in (*suite.controls, *suite.methods)}
     for key in suite.settings:
         owner = key.partition(".")[0]
@@ -322,7 +350,7 @@ def settings_table(protocol: ProtocolName, dataset: str) -> Literal["paper", "sm
 
 def settings_for(method: type[Method], protocol: ProtocolName, dataset: str, pair: str) -> Published | None:
     """A method's own settings for a cell: those of the pair, of the data set, or else transferred from another."""
-    table = method.published if settings_table(protocol, dataset) == "paper" else method.smoke
+    table = _tables(method)[settings_table(protocol, dataset)]
     for key in (f"{dataset}/{pair}", dataset):
         if key in table:
             return table[key]

@@ -6,30 +6,39 @@ from pathlib import Path
 
 import pytest
 
+from dfkd_bench import data, plugins
+from dfkd_bench.job import Job
 from dfkd_bench.record import Record, read_all, record_path
 from dfkd_bench.report import table as tables
-from dfkd_bench.suite import Suite, read_suite
+from dfkd_bench.suite import expand, read_suite, with_all
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results"
 COMMITTED = sorted(path.stem for path in (RESULTS / "tables").glob("*.md"))
 
 
-def records_of(suite: Suite) -> list[Record]:
-    names = (*suite.controls, *suite.methods)
+FOUND = plugins.discover()
+
+
+def jobs_of(name: str) -> list[Job]:
+    suite = read_suite(name)
+    return expand(suite, FOUND, data.dataset(suite.dataset), "cpu", "fp32")
+
+
+def records_of(name: str) -> list[Record]:
+    """The committed records of a suite's jobs, whatever precision the machine chose that made them."""
+    wanted = {job.id for job in jobs_of(name)}
+    dataset = read_suite(name).dataset
     return [
         record
         for record in read_all(RESULTS)
-        if record.job.dataset == suite.dataset
-        and record.job.protocol == suite.protocol
-        and record.job.method in names
-        and record.job.seed in suite.seeds
+        if record.job.dataset == dataset and record.job.model_copy(update={"precision": "fp32"}).id in wanted
     ]
 
 
 def built(name: str) -> tables.Table:
-    suite = read_suite(name)
-    return tables.build(records_of(suite), suite.title, [*suite.controls, *suite.methods])
+    suite = with_all(read_suite(name), FOUND)
+    return tables.build(records_of(name), suite.title, [*suite.controls, *suite.methods])
 
 
 def test_there_are_committed_tables() -> None:
@@ -43,9 +52,8 @@ def test_committed_records_make_the_committed_table(name: str) -> None:
 
 @pytest.mark.parametrize("name", COMMITTED)
 def test_every_cell_of_a_committed_table_has_its_record(name: str) -> None:
-    suite = read_suite(name)
-    found = {(record.job.method, record.job.seed) for record in records_of(suite)}
-    assert found == {(method, seed) for method in (*suite.controls, *suite.methods) for seed in suite.seeds}
+    found = {(record.job.method, record.job.seed) for record in records_of(name)}
+    assert found == {(job.method, job.seed) for job in jobs_of(name)}
 
 
 @pytest.mark.parametrize("name", COMMITTED)

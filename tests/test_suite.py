@@ -10,10 +10,11 @@ import pytest
 from dfkd_bench import data, plugins, suite, teachers
 from dfkd_bench.errors import UserError
 from dfkd_bench.job import Job, TeacherSpec
-from dfkd_bench.suite import Suite, expand, from_options, make_suite, parse_seeds, parse_settings, read_suite
+from dfkd_bench.suite import Suite, expand, from_options, make_suite, parse_seeds, parse_settings, read_suite, with_all
 from dfkd_bench.teachers import TeacherCard
 
 CONTROLS = ("scratch", "real_kd", "noise_kd")
+FOUND = plugins.discover()
 BARE = """
 from dfkd_bench.method import Method, MethodConfig, Synthesis
 
@@ -94,7 +95,7 @@ def test_a_number_without_end_is_refused_like_any_other_text() -> None:
 
 @pytest.mark.parametrize("name", suite.suite_names())
 def test_every_built_in_suite_becomes_jobs(name: str) -> None:
-    chosen = read_suite(name)
+    chosen = with_all(read_suite(name), FOUND)
     rows = len(CONTROLS) + len(chosen.methods)
     assert len(jobs_of(chosen)) == rows * len(chosen.pairs) * len(chosen.seeds)
 
@@ -106,7 +107,7 @@ def test_a_suite_file_says_what_the_command_line_says(tmp_path: Path) -> None:
         "controls = []\n[settings.nayer]\ngenerator_steps = 3\n",
     )
     options = from_options(
-        None, "nayer", "digits", "wrn16_1:convnet8", None, "0-1", ["nayer.generator_steps=3"], False, "test"
+        None, "nayer", "digits", "wrn16_1:convnet8", None, "0-1", ["nayer.generator_steps=3"], False, "test", FOUND
     )
     ids = [job.id for job in jobs_of(read_suite(file))]
     assert ids == [job.id for job in jobs_of(options)]
@@ -123,13 +124,17 @@ def test_a_control_that_is_asked_for_is_no_second_row() -> None:
 
 
 def test_options_change_a_built_in_suite() -> None:
-    chosen = from_options("smoke_digits", None, None, None, None, "7", ["fm.generator_steps=3"], False, "validation")
-    jobs = jobs_of(chosen)
-    assert [(job.method, job.seed, job.evaluate_on) for job in jobs] == [
-        ("nayer", 7, "validation"),
-        ("fm", 7, "validation"),
-    ]
-    assert jobs[1].config["generator_steps"] == 3
+    chosen = from_options("smoke_digits", None, None, None, None, "7", ["fm.generator_steps=3"], False, "test", FOUND)
+    by_method = {job.method: job for job in jobs_of(chosen)}
+    assert {job.seed for job in by_method.values()} == {7}
+    assert by_method["fm"].config["generator_steps"] == 3
+
+
+def test_all_are_the_data_free_methods_with_settings_the_lead_method_first() -> None:
+    every = suite.all_methods(FOUND, "smoke", "digits")
+    assert every[0] == "nayer"
+    assert {"fm", "deepinv", "cmi", "mad"} < set(every)
+    assert not {"scratch", "real_kd", "noise_kd", "ood_kd"} & set(every)
 
 
 BASE = 'title = "t"\ndataset = "digits"\n'
@@ -211,13 +216,13 @@ def test_a_value_out_of_bounds_names_the_setting(setting: str, value: object) ->
 
 def test_a_suite_with_methods_of_its_own_takes_no_others() -> None:
     with pytest.raises(UserError, match="leave out --methods"):
-        from_options("smoke_digits", "fm", None, None, None, None, [], True, "test")
+        from_options("smoke_digits", "fm", None, None, None, None, [], True, "test", FOUND)
 
 
 @pytest.mark.parametrize(("methods", "dataset"), [(None, None), ("nayer", None), (None, "digits")])
 def test_methods_and_data_set_are_both_needed(methods: str | None, dataset: str | None) -> None:
     with pytest.raises(UserError, match="give --methods and --dataset"):
-        from_options(None, methods, dataset, None, None, None, [], True, "test")
+        from_options(None, methods, dataset, None, None, None, [], True, "test", FOUND)
 
 
 # --- Settings of a cell -----------------------------------------------------------------------------------------------
