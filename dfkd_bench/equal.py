@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from dfkd_bench.errors import UserError
+from dfkd_bench.errors import UserError, validation_line
 from dfkd_bench.method import Frozen, Method, Published, Schedule
 
 
@@ -106,7 +106,7 @@ def fit(
             config[method.absorbs] = _absorbed(name, method, config, schedule, given, num_classes)
         complete = method.Config(**config)
     except ValidationError as error:
-        raise UserError(f"{name}: {error.errors()[0]['loc'][0]}: {error.errors()[0]['msg']}") from None
+        raise UserError(f"{name}: {validation_line(error)}") from None
     cost = method.generation_cost(complete, schedule, num_classes)
     if cost > given.teacher_images:
         raise UserError(

@@ -5,6 +5,10 @@ from __future__ import annotations
 import difflib
 import errno
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 
 class UserError(Exception):
@@ -22,6 +26,15 @@ def unknown(kind: str, name: str, known: Iterable[str], hint: str = "") -> UserE
     guess = f" did you mean '{close[0]}'?" if close else ""
     listed = ", ".join(names) if names else "none"
     return UserError(f"unknown {kind} '{name}':{guess} Known: {listed}{'. ' + hint if hint else ''}")
+
+
+def validation_line(error: ValidationError) -> str:
+    """The first problem of a pydantic error as one line."""
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    given = "" if first["type"] in ("missing", "value_error") else f" (given: {first['input']!r})"
+    message = first["msg"].removeprefix("Value error, ")
+    return f"{where}: {message}{given}" if where else message
 
 
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}

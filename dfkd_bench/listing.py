@@ -94,20 +94,25 @@ def describe(source: Source, method: type[Method]) -> RenderableType:
     for name, field in method.Config.model_fields.items():
         kind = field.annotation.__name__ if isinstance(field.annotation, type) else str(field.annotation)
         kind = kind.replace("typing.", "")
-        settings.add_row(name, kind, repr(field.default), _bounds(field.metadata), field.description or "")
+        texts = (name, kind, repr(field.default), _bounds(field.metadata), field.description or "")
+        settings.add_row(*map(Text, texts))  # as it is: brackets are no markup
     cells = _table("cell", "origin", "epochs", "student steps", "settings that differ", "source", right=("epochs",))
     for protocol, table in (("paper", method.published), ("smoke", method.smoke)):
         for cell, published in table.items():
             schedule = published.schedule
             changed = ", ".join(f"{key}={value}" for key, value in published.config.items())
             steps = f"{schedule.total_student_steps} x {schedule.batch_size}"
-            cells.add_row(
-                f"{protocol} {cell}", published.origin, str(schedule.epochs), steps, changed or "-", published.source
-            )
+            origin = published.origin
+            row = (f"{protocol} {cell}", origin, str(schedule.epochs), steps, changed or "-", published.source)
+            cells.add_row(*map(Text, row))
     document = (sys.modules[method.__module__].__doc__ or "no description").strip()
     parts: list[RenderableType] = [Text(document), Text(""), settings]
     if cells.row_count:
         parts += [Text(""), cells]
+    if method.absorbs:
+        other = ", ".join(f"{key}={value}" for key, value in method.described.items())
+        described = f"; as the authors describe it: {other}" if other else ""
+        parts += [Text(""), Text(f"protocol equal: {method.absorbs} takes up the generation budget{described}")]
     for name, reason in method.quirks.items():
         parts += [Text(""), Text(f"declared quirk ({name}): {reason}")]
     parts += [Text(""), Text(f"from: {source.describe()}, version {source.version}")]

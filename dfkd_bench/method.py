@@ -265,6 +265,11 @@ class Method(ABC):
         return None
 
     @classmethod
+    def reads_label_text(cls, config: Any) -> bool:
+        """Whether a run with this configuration reads label-text embeddings; they are made before it."""
+        return "label_text" in cls.needs
+
+    @classmethod
     def generation_cost(cls, config: Any, schedule: Schedule, num_classes: int) -> int:
         """Images that ``synthesize`` passes through the teacher with gradient in a whole run. `dfkd-bench check`
         compares it with what the runner counts; protocol `equal` chooses the setting ``absorbs`` by it."""

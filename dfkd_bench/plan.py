@@ -125,16 +125,17 @@ def _needs_are_met(jobs: Sequence[Job], found: Plugins, dataset: data.DataSet, r
     """Label-text embeddings are made here, so that no text encoder is ever imported in a run."""
     wanted: dict[tuple[str, str, str], None] = {}
     for job in jobs:
-        if "label_text" in found.method(job.method).needs:
+        method = found.method(job.method)
+        if method.reads_label_text(method.Config(**job.config)):
             if not {"encoder", "prompt"} <= job.config.keys():
                 raise UserError(f"method {job.method} needs label_text, but has no settings `encoder` and `prompt`")
             wanted[(job.method, job.config["encoder"], job.config["prompt"])] = None
-    for index, (method, encoder, prompt) in enumerate(wanted):
+    for index, (name, encoder, prompt) in enumerate(wanted):
         report(Step("embeddings", encoder, index, len(wanted)))
         try:
             text.ensure(dataset.name, dataset.class_names, encoder, prompt)
         except UserError as error:
-            raise UserError(f"{method}: {error}") from None
+            raise UserError(f"{name}: {error}") from None
 
 
 def _name(spec: TeacherSpec) -> str:

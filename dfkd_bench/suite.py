@@ -16,7 +16,7 @@ from pydantic import BaseModel, Field, ValidationError
 from dfkd_bench import equal, teachers
 from dfkd_bench.compute import resolve_device, resolve_precision
 from dfkd_bench.data import DataSet
-from dfkd_bench.errors import UserError, unknown
+from dfkd_bench.errors import UserError, unknown, validation_line
 from dfkd_bench.job import Job, ProtocolName, Recipe, TeacherSpec
 from dfkd_bench.method import Frozen, Method, Published, Schedule
 from dfkd_bench.models import model_names
@@ -429,11 +429,3 @@ def _lead_schedule(name: str, lead: str, suite: Suite, pair: str, found: Plugins
     if found_settings is None:
         raise UserError(f"method {name} has no {suite.protocol} settings and neither has {fallback}")
     return found_settings.schedule
-
-
-def validation_line(error: ValidationError) -> str:
-    """The first problem of a pydantic error as one line."""
-    first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"])
-    given = "" if first["type"] in ("missing", "value_error") else f" (given: {first['input']!r})"
-    return f"{where}: {first['msg']}{given}" if where else str(first["msg"])

@@ -32,6 +32,7 @@ from dfkd_bench.generators import ConvBody, DeepConvBody
 from dfkd_bench.losses import cross_entropy, kl_divergence, masked_adversarial, supervised_contrastive
 from dfkd_bench.method import Batch, Method, MethodConfig, PoolView, Progress, Published, Schedule, Synthesis, Task
 from dfkd_bench.statistics import BatchNormMatcher
+from dfkd_bench.text import template
 
 CARD = {
     "title": "CAE-DFKD: noise around label-text embeddings, contrastive student",
@@ -50,7 +51,9 @@ class Config(MethodConfig):
 
     encoder: str = Field("clip", description="text encoder: clip (paper), sbert, onehot, random[:WIDTH], file:PATH")
     prompt: str = Field("a image of {name}", description="prompt; fields {name} and {index} (ours: NAYER)")
-    noise_sources: int = Field(4, ge=1, le=4, description="4 (paper) of Gaussian, uniform, Laplace, signs (ours)")
+    noise_sources: int = Field(
+        4, ge=1, le=4, description="how many (4: paper): the first of Gaussian, uniform, Laplace, signs (which: ours)"
+    )
     noise_scale: float = Field(
         0.1, ge=0, description="source n = 1, 2, ...: deviation over n * rms of the embeddings (ours)"
     )
@@ -90,6 +93,7 @@ class CaeDfkd(Method):
 
     Config = Config
     needs = frozenset({"batchnorm", "label_text"})
+    absorbs = "generator_steps"
     tiny: ClassVar = {"encoder": "random:16", "synthesis_batch_size": 12, "generator_steps": 2, "warmup_loops": 1}
     tiny |= {"generator_width": 4, "contrast_width": 8}
     transient = frozenset({"embeddings", "spread"})  # constants, made again on resume
@@ -205,10 +209,20 @@ class CaeDfkd(Method):
         self.head_optimizer = torch.optim.Adam(self.head.parameters(), lr=self.config.contrast_lr, fused=True)
 
     @classmethod
+    def generation_cost(cls, config: Any, schedule: Schedule, num_classes: int) -> int:
+        later = schedule.epochs - schedule.warmup_epochs
+        batches = schedule.warmup_epochs * config.warmup_loops + later * config.loops
+        return batches * schedule.rounds_per_epoch * config.generator_steps * config.synthesis_batch_size
+
+    @classmethod
+    def batch_rows(cls, config: Any, size: int) -> int:
+        return size + 2 * (size // 2) if config.contrast > 0 else size
+
+    @classmethod
     def outside_knowledge(cls, config: Any) -> str | None:
         if config.encoder.partition(":")[0] in ("onehot", "random"):
             return "none"
-        return None if "{name}" in config.prompt else "a text encoder (index prompt)"
+        return None if "{name" in template(config.prompt) else "a text encoder (index prompt)"
 
 
 def diffuse(embedded: Tensor, magnitude: Tensor | float, noise: Tensor) -> Tensor:

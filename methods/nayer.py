@@ -4,13 +4,15 @@ Minh-Tuan Tran, Trung Le, Xuan-May Le, Mehrtash Harandi, Quan Hung Tran, Dinh Ph
 https://arxiv.org/abs/2310.00258, code: https://github.com/tmtuan1307/NAYER
 
 The generator's input is not noise but the label-text embedding of the wanted class; randomness sits in the weights
-of a linear *noisy layer* between the two, drawn anew for every synthesised batch.
+of a linear *noisy layer* between the two, drawn anew for every synthesised batch. The paper's ablations are settings.
 
 Differences from the paper
 1. The whole generator is built anew every ``generator_life`` epochs, as in the released code; the paper names only
    the noisy layer's re-initialisation.
 2. The noisy layer's BatchNorm keeps its weights when the linear part is drawn anew, as in the released code.
 3. The default prompt is the released code's "a image of {name}"; the paper's figure has "a photo of a ...".
+4. Ablations: no code of them is released, and of what stands in the noisy layers' place (``build_noise``) only the
+   names are known. Where the noise enters, its scale and the learned layer behind it are ours.
 
 Differences from the released code
 1. Labels, losses and the choice of the best step stay on the device; nothing is printed or synchronised.
@@ -24,7 +26,7 @@ Differences from the released code
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -35,6 +37,7 @@ from dfkd_bench.generators import ConvBody, DeepConvBody
 from dfkd_bench.losses import cross_entropy, masked_adversarial
 from dfkd_bench.method import Method, MethodConfig, Progress, Published, Schedule, Synthesis, Task
 from dfkd_bench.statistics import BatchNormMatcher
+from dfkd_bench.text import template
 
 CARD = {
     "title": "NAYER: noisy-layer generation from label-text embeddings",
@@ -57,7 +60,9 @@ class NayerConfig(MethodConfig):
     generator_steps: int = Field(40, ge=1, le=100_000, description="generator steps a batch; `g_steps` (script)")
     loops: int = Field(2, ge=1, description="batches an epoch after the warm-up; `g_loops` (script)")
     warmup_loops: int = Field(10, ge=1, description="batches an epoch in the warm-up; `gwp_loops` (script)")
-    generator_life: int = Field(10, ge=1, description="epochs until the generator is built anew; `g_life` (script)")
+    generator_life: int | None = Field(
+        10, ge=1, description="epochs until the generator is built anew; null: never (paper); `g_life` (script)"
+    )
     generator_lr: float = Field(4e-3, gt=0, le=10, description="Adam on the generator; `lr_g` (script)")
     adversarial: float = Field(1.33, ge=0, description="weight of the masked adversarial term; `adv` (script)")
     batchnorm: float = Field(10.0, ge=0, description="weight of the BatchNorm matching; `bn` (script)")
@@ -68,12 +73,32 @@ class NayerConfig(MethodConfig):
     student_eval: bool = Field(
         False, description="student in eval mode in every loop (described) or only in the first one (released: false)"
     )
+    # The ablations
+    input: Literal["text", "noise"] = Field("text", description="label text (one-hot: encoder=onehot) or N(0, 1) noise")
+    noise: Literal["layer", "concat", "sum", "mix", "none"] = Field(
+        "layer", description="noisy layers, (e, z), e + beta * z, mixed embeddings, none (details: ours, but for layer)"
+    )
+    noise_width: int = Field(512, ge=1, description="numbers of z an image, for noise=concat and input=noise (ours)")
+    noise_scale: float = Field(1.0, ge=0, description="beta of noise=sum, where embeddings have deviation 1 (ours)")
+    layers: Literal["k_to_1", "one_to_one"] = Field(
+        "k_to_1", description="a noisy layer for K images, one of each class, or for one: K times the memory (paper)"
+    )
+    reinitialize: bool = Field(
+        True, description="noisy layers are drawn anew for every batch, or trained on: false (paper, Table 3)"
+    )
+    noisy_batchnorm: bool = Field(True, description="BatchNorm1d of embeddings before the noisy layers (paper: true)")
+
+    def model_post_init(self, _context: Any) -> None:
+        if self.input == "noise" and self.noise not in ("layer", "none"):
+            raise ValueError(f"noise={self.noise} goes with label text: with input=noise it must be layer or none")
+        if self.noise != "layer" and not (self.reinitialize and self.layers == "k_to_1"):
+            raise ValueError(f"reinitialize and layers are about noisy layers: leave them out at noise={self.noise}")
 
 
 class NoisyLayers(nn.Module):
-    """M linear layers, one for each block of K rows: every layer sees each class once ("K-to-1").
+    """M linear layers, one for each block of R rows. ``weight`` [M, out, d] and ``bias`` [M, out].
 
-    Row r of the batch goes through layer r // K. ``weight`` [M, out, d] and ``bias`` [M, out].
+    Row r of the batch goes through layer r // R. "K-to-1": R = K, every layer sees each class once; "1-to-1": R = 1.
     """
 
     def __init__(self, blocks: int, block_rows: int, inputs: int, outputs: int) -> None:
@@ -90,7 +115,7 @@ class NoisyLayers(nn.Module):
             self.bias.zero_()
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, d] -> [B, out]; B <= M * K."""
+        """[B, d] -> [B, out]; B <= M * R."""
         blocks, outputs, inputs = self.weight.shape
         padding = blocks * self.block_rows - x.shape[0]
         rows = torch.cat([x, x.new_zeros(padding, inputs)]).view(blocks, self.block_rows, inputs)
@@ -98,23 +123,103 @@ class NoisyLayers(nn.Module):
         return noisy.reshape(-1, outputs)[: x.shape[0]]
 
 
-class NoisyGenerator(nn.Module):
-    """Label-text embedding -> BatchNorm1d -> noisy layers -> linear -> convolutions: [B] labels to [B, C, H, W]."""
+class PlainLayer(nn.Linear):
+    """An ordinary layer in the noisy layers' place, trained on from batch to batch: [B, d] -> [B, out] without noise.
 
-    def __init__(self, task: Task, config: NayerConfig, embeddings: Tensor) -> None:
+    The classes built on it put noise into its input, drawn once for all steps of a batch of B images.
+    """
+
+    def reinitialize(self) -> None:
+        """There is nothing to draw."""
+
+
+class InputNoise(PlainLayer):
+    """Base of the next two: z [B, width], normal, mean 0, deviation ``scale``. It is noise, no parameter."""
+
+    z: Tensor
+
+    def __init__(self, inputs: int, outputs: int, rows: int, width: int, scale: float = 1.0) -> None:
+        super().__init__(inputs, outputs)
+        self.scale = scale
+        self.register_buffer("z", torch.empty(rows, width), persistent=False)
+        self.reinitialize()
+
+    def reinitialize(self) -> None:
+        """Draw z."""
+        self.z.normal_(std=self.scale)
+
+
+class ConcatNoise(InputNoise):
+    """The layer's input is (e, z), one behind the other."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(torch.cat([x, self.z], dim=1))
+
+
+class SumNoise(InputNoise):
+    """The layer's input is e + z."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x + self.z)
+
+
+class MixNoise(PlainLayer):
+    """The layer's input is (1 - u) * e + u * e': e' is a random row of the batch, u ~ U(0, 1/2), so that e prevails."""
+
+    share: Tensor
+    partner: Tensor
+
+    def __init__(self, inputs: int, outputs: int, rows: int) -> None:
+        super().__init__(inputs, outputs)
+        self.register_buffer("share", torch.empty(rows, 1), persistent=False)
+        self.register_buffer("partner", torch.arange(rows), persistent=False)
+        self.reinitialize()
+
+    def reinitialize(self) -> None:
+        """Draw u, and which row is mixed with which."""
+        self.share.uniform_(0, 0.5)
+        self.partner = torch.randperm(len(self.partner), device=self.partner.device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(torch.lerp(x, x[self.partner], self.share))
+
+
+def build_noise(config: NayerConfig, classes: int, inputs: int) -> NoisyLayers | PlainLayer:
+    """The source of noise, a module [B, inputs] -> [B, noisy_width]; its ``reinitialize`` draws the noise anew."""
+    rows, outputs = config.synthesis_batch_size, config.noisy_width
+    if config.noise == "concat":
+        return ConcatNoise(inputs + config.noise_width, outputs, rows, config.noise_width)
+    if config.noise == "sum":
+        return SumNoise(inputs, outputs, rows, inputs, config.noise_scale)
+    if config.noise == "mix":
+        return MixNoise(inputs, outputs, rows)
+    if config.noise == "none":
+        return PlainLayer(inputs, outputs)
+    block_rows = classes if config.layers == "k_to_1" else 1
+    return NoisyLayers(-(-rows // block_rows), block_rows, inputs, outputs)
+
+
+class NoisyGenerator(nn.Module):
+    """Label-text embedding -> BatchNorm1d -> noisy layers -> linear -> convolutions: [B, inputs] to [B, C, H, W]."""
+
+    def __init__(self, task: Task, config: NayerConfig, inputs: int) -> None:
         super().__init__()
-        width = embeddings.shape[1]
-        blocks = -(-config.synthesis_batch_size // task.num_classes)
         body = DeepConvBody if task.image_shape[1] >= LARGE else ConvBody
-        self.norm = nn.BatchNorm1d(width)
-        self.noisy = NoisyLayers(blocks, task.num_classes, width, config.noisy_width)
+        self.norm = nn.BatchNorm1d(inputs) if config.noisy_batchnorm else nn.Identity()
+        self.noisy = build_noise(config, task.num_classes, inputs)
         self.body = body(task.image_shape, config.generator_width)
         self.project = nn.Linear(config.noisy_width, self.body.in_features)
 
     def forward(self, embedded: Tensor) -> Tensor:
-        """Images in (0, 1) of the embeddings [B, d] of the wanted labels."""
+        """Images in (0, 1) of the embeddings [B, inputs] of the wanted labels."""
         images: Tensor = self.body(self.project(self.noisy(self.norm(embedded))))
         return images
+
+    @property
+    def noisy_bytes(self) -> int:
+        """Memory of the noisy layers' parameters; their gradients and Adam's state take three times as much again."""
+        parameters = self.noisy.parameters() if isinstance(self.noisy, NoisyLayers) else ()
+        return sum(parameter.numel() * parameter.element_size() for parameter in parameters)
 
 
 class Nayer(Method):
@@ -122,24 +227,27 @@ class Nayer(Method):
 
     Config = NayerConfig
     needs = frozenset({"batchnorm", "label_text"})
+    absorbs = "generator_steps"
+    described: ClassVar = {"student_eval": True}
     quirks: ClassVar = {
         "student_unchanged_by_synthesis": "in loops after the first the released code leaves the student in train "
         "mode, so that its BatchNorm statistics move; student_eval=true does without"
     }
     tiny: ClassVar = {"encoder": "random:16", "synthesis_batch_size": 12, "generator_steps": 2, "warmup_loops": 1}
-    tiny |= {"noisy_width": 8, "generator_width": 4}
+    tiny |= {"noisy_width": 8, "generator_width": 4, "noise_width": 8}
     transient = frozenset({"embeddings"})  # constants, read again on resume
 
     def __init__(self, config: NayerConfig, task: Task) -> None:
         super().__init__(config, task)
-        self.embeddings = task.label_embeddings(config.encoder, config.prompt)
+        of_text = config.input == "text"
+        self.embeddings = task.label_embeddings(config.encoder, config.prompt) if of_text else None
         self.matcher = BatchNormMatcher(task.teacher, config.batchnorm_momentum)
         self.generator = self._build_generator()
 
     def synthesize(self, student: nn.Module, at: Progress) -> Synthesis:
         config = self.config
         life = config.generator_life
-        if at.round == 0 and (at.epoch % life == 0 or (at.epoch - at.warmup_epochs) % life == 0):
+        if life and at.round == 0 and (at.epoch % life == 0 or (at.epoch - at.warmup_epochs) % life == 0):
             self.generator = self._build_generator()
         batches, losses = [], []
         for loop in range(config.warmup_loops if at.warming_up else config.loops):
@@ -147,14 +255,17 @@ class Nayer(Method):
             images, loss = self._one_batch(student, adversarial=config.adversarial > 0 and not at.warming_up)
             batches.append(images)
             losses.append(loss)
-        return Synthesis(torch.cat(batches), scalars={"synthesis_loss": torch.stack(losses).mean()})
+        size = torch.full((), self.generator.noisy_bytes, device=self.task.device)
+        scalars = {"synthesis_loss": torch.stack(losses).mean(), "noisy_layer_bytes": size}
+        return Synthesis(torch.cat(batches), scalars=scalars)
 
     def _one_batch(self, student: nn.Module, adversarial: bool) -> tuple[Tensor, Tensor]:
         """The images of the step with the lowest loss, before that step's update, and that loss."""
         task, config, generator = self.task, self.config, self.generator
-        generator.noisy.reinitialize()
+        if config.reinitialize:
+            generator.noisy.reinitialize()
         labels = balanced_labels(config.synthesis_batch_size, task.num_classes, task.rng, task.device)
-        embedded = self.embeddings[labels]
+        embedded = self._embed(labels)
         optimizer = torch.optim.Adam(generator.parameters(), lr=config.generator_lr, betas=(0.5, 0.999), fused=True)
         best_images, best_loss = torch.empty(0), torch.empty(0)
         with self.matcher.watching():
@@ -177,16 +288,34 @@ class Nayer(Method):
         self.matcher.update()
         return best_images, best_loss
 
+    def _embed(self, labels: Tensor) -> Tensor:
+        """The generator's input [B, inputs] for ``labels`` [B]; noise knows nothing of them."""
+        if self.embeddings is not None:
+            return self.embeddings[labels]
+        shape = (labels.shape[0], self.config.noise_width)
+        return torch.randn(shape, device=labels.device, generator=self.task.rng)
+
     def _build_generator(self) -> NoisyGenerator:
+        inputs = self.config.noise_width if self.embeddings is None else self.embeddings.shape[1]
         with self.task.device:
-            generator = NoisyGenerator(self.task, self.config, self.embeddings)
+            generator = NoisyGenerator(self.task, self.config, inputs)
         return generator.to(memory_format=torch.channels_last)
 
     @classmethod
+    def generation_cost(cls, config: NayerConfig, schedule: Schedule, num_classes: int) -> int:
+        later = schedule.epochs - schedule.warmup_epochs
+        batches = schedule.warmup_epochs * config.warmup_loops + later * config.loops
+        return batches * schedule.rounds_per_epoch * config.generator_steps * config.synthesis_batch_size
+
+    @classmethod
+    def reads_label_text(cls, config: NayerConfig) -> bool:
+        return config.input == "text"
+
+    @classmethod
     def outside_knowledge(cls, config: NayerConfig) -> str | None:
-        if config.encoder.partition(":")[0] in ("onehot", "random"):
+        if config.input == "noise" or config.encoder.partition(":")[0] in ("onehot", "random"):
             return "none"
-        return None if "{name}" in config.prompt else "a text encoder (index prompt)"
+        return None if "{name" in template(config.prompt) else "a text encoder (index prompt)"
 
 
 def balanced_labels(size: int, classes: int, rng: torch.Generator, device: torch.device) -> Tensor:
@@ -219,13 +348,8 @@ Nayer.published = {
         source="tmtuan1307/NAYER, scripts/nayer_100.sh (the 100-epoch variant)",
     ),
 }
-SMALL = {
-    "encoder": "sbert",
-    "student_eval": True,
-    "synthesis_batch_size": 100,
-    "generator_width": 32,
-    "noisy_width": 256,
-}
+SMALL = {"encoder": "sbert", "student_eval": True, "synthesis_batch_size": 100, "noisy_width": 256}
+SMALL |= {"generator_width": 32, "generator_lr": 0.01, "loops": 2, "warmup_loops": 4}
 
 Nayer.search = {
     "generator_steps": (10, 20, 30),
@@ -239,21 +363,13 @@ Nayer.search = {
 Nayer.smoke = {
     "digits": Published(
         schedule=Schedule(epochs=23, warmup_epochs=3, student_steps=30, batch_size=128, lr=0.2, lr_min=2e-4),
-        config={**SMALL, "generator_steps": 20, "loops": 2, "warmup_loops": 4, "generator_lr": 0.01},
+        config={**SMALL, "generator_steps": 20},
         origin="ours",
         source="results/trials/digits.json: eight trials on the validation split",
     ),
     "fashion_mnist": Published(
         schedule=Schedule(epochs=23, warmup_epochs=3, student_steps=30, batch_size=128, lr=0.2, lr_min=2e-4),
-        config={
-            **SMALL,
-            "generator_steps": 30,
-            "loops": 2,
-            "warmup_loops": 4,
-            "generator_lr": 0.01,
-            "batchnorm": 1.0,
-            "adversarial": 0.0,
-        },
+        config={**SMALL, "generator_steps": 30, "batchnorm": 1.0, "adversarial": 0.0},
         origin="ours",
         source="results/trials/fashion_mnist.json: those of digits and three more trials on the validation split",
     ),

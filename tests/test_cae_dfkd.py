@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from dfkd_bench import data, text
@@ -174,6 +175,24 @@ def test_noise_is_drawn_once_a_batch(task: Task, student: nn.Module, at: At) -> 
     assert [torch.equal(inputs[0], other) for other in inputs] == [True] * STEPS + [False] * STEPS
 
 
+@pytest.mark.parametrize("number", [1, 2, 3, 4])
+def test_images_are_made_of_the_first_sources(
+    task: Task, student: nn.Module, at: At, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """``noise_sources`` is how many there are; all of them are used."""
+    method, seen = new_method(task, noise_sources=number, loops=6, generator_steps=1), []
+    diffused = method._diffused
+    monkeypatch.setattr(method, "_diffused", lambda labels, sources: seen.append(sources) or diffused(labels, sources))
+    method.synthesize(student, at(1))
+    assert torch.cat(seen).unique().tolist() == list(range(number))
+
+
+@pytest.mark.parametrize("number", [0, 5])
+def test_there_are_one_to_four_sources(number: int) -> None:
+    with pytest.raises(ValidationError, match="noise_sources"):
+        Config(noise_sources=number)
+
+
 @pytest.mark.parametrize(("life", "epochs_built"), [(None, []), (2, [2, 4])])
 def test_when_the_generator_is_built_anew(
     task: Task, student: nn.Module, at: At, life: int | None, epochs_built: list[int]
@@ -336,6 +355,13 @@ def test_without_the_contrastive_loss_a_student_step_is_the_default_one(
     torch.testing.assert_close(method.student_loss(student, batch, at(0)), expected)
 
 
+@pytest.mark.parametrize(("contrast", "size", "rows"), [(0.1, 8, 16), (0.1, 9, 17), (0.0, 9, 9)])
+def test_rows_of_a_student_batch(task: Task, student: nn.Module, at: At, contrast: float, size: int, rows: int) -> None:
+    method, pool = ready(task, student, at, contrast=contrast)
+    assert len(method.student_batch(pool, size, at(0)).images) == rows
+    assert CaeDfkd.batch_rows(method.config, size) == rows
+
+
 def test_the_head_learns_after_a_student_step(task: Task, student: nn.Module, at: At, snapshot: Snapshot) -> None:
     method, pool = ready(task, student, at)
     assert method.head is not None
@@ -393,6 +419,8 @@ def test_a_resumed_method_goes_on_with_its_head(
     [
         ("sbert", "a image of {name}", None),  # what the card says: class names and a text encoder
         ("sbert", "class {index}", "a text encoder (index prompt)"),
+        ("sbert", "P2", None),
+        ("sbert", "P3", "a text encoder (index prompt)"),
         ("random:16", "a image of {name}", "none"),
         ("onehot", "a image of {name}", "none"),
     ],

@@ -331,3 +331,38 @@ def test_a_plugins_model_is_built_with_classes_and_channels() -> None:
 def test_a_plugins_model_must_not_hide_a_built_in_one() -> None:
     with pytest.raises(UserError, match="'vgg8'"):
         build_model("wrn16_1", 10, extra={"vgg8": lambda classes, channels: nn.Linear(channels, classes)})
+
+
+# --- Networks for large images ----------------------------------------------------------------------------------------
+
+IMAGENET = {  # parameters at 1000 classes, as torchvision states them
+    "resnet18_imagenet": 11_689_512,
+    "resnet34_imagenet": 21_797_672,
+    "resnet50_imagenet": 25_557_032,
+    "mobilenetv2_imagenet": 3_504_872,
+}
+
+
+@pytest.mark.parametrize("name", IMAGENET)
+def test_imagenet_networks_have_torchvisions_parameters(name: str) -> None:
+    assert parameters(on_meta(name, 1000)) == IMAGENET[name]
+
+
+@pytest.mark.parametrize("name", ["resnet18_imagenet", "mobilenetv2_imagenet"])
+def test_imagenet_networks_compute_what_torchvision_computes(name: str) -> None:
+    import torchvision
+
+    torch.manual_seed(0)
+    ours: Any = build_model(name, 7).eval()
+    theirs: Any = getattr(torchvision.models, {"r": "resnet18", "m": "mobilenet_v2"}[name[0]])(num_classes=7).eval()
+    theirs.load_state_dict(dict(zip(theirs.state_dict(), ours.state_dict().values(), strict=True)))
+    images = torch.rand(2, 3, 64, 64)
+    torch.testing.assert_close(ours(images), theirs(images))
+
+
+def test_torchvisions_checkpoints_load_by_key() -> None:
+    import torchvision
+
+    ours, theirs = on_meta("resnet50_imagenet", 1000), torchvision.models.resnet50
+    with torch.device("meta"):
+        assert ours.state_dict().keys() == theirs().state_dict().keys()

@@ -52,7 +52,8 @@ def shaped_task(image_shape: tuple[int, int, int], classes: int) -> Any:
 
 
 def build(image_shape: tuple[int, int, int], classes: int, size: int, embeddings: Tensor) -> NoisyGenerator:
-    return NoisyGenerator(shaped_task(image_shape, classes), NayerConfig(synthesis_batch_size=size), embeddings)
+    config = NayerConfig(synthesis_batch_size=size)
+    return NoisyGenerator(shaped_task(image_shape, classes), config, embeddings.shape[1])
 
 
 def fill(generator: NoisyGenerator) -> None:

@@ -74,9 +74,11 @@ def published(
 ) -> tuple[PublishedValue, ...]:
     """All published values of a cell in the order of the CSV; none for a method, pair or data set not in it.
 
-    Names match exactly: a value whose pair its source does not state belongs to no cell.
+    Names match exactly: a value whose pair its source does not state belongs to no cell. A model's name here may end in
+    the data set that its form is for (``resnet50_imagenet``); the CSV says ``resnet50``.
     """
     names = NAMES.get(method, ())
+    teacher, student = (name.removesuffix(f"_{dataset}") for name in (teacher, student))  # resnet50_imagenet
     return tuple(
         PublishedValue(
             value=float(row["value"]),
