@@ -8,6 +8,9 @@ first seed; the ``--finalists`` best of each method get the other seeds, too, an
 to ``OUTPUT/trials/<data set>.json``; the best one by mean last-epoch accuracy is printed, to be copied into the
 method's file by hand. Trials of earlier calls are kept for methods that are not named. Runs are kept below
 ``OUTPUT/trials/.work``, so that a call that was stopped goes on where it was.
+
+With ``--protocol equal`` only the learning rate is chosen, from the values of ``benchmarks/equal.toml``, the same for
+all methods; the trials go to ``OUTPUT/trials/<data set>_equal.json``, the winners into the methods' ``equal_lr``.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ from typing import Any
 
 from rich.console import Console
 
-from dfkd_bench import plugins, record
+from dfkd_bench import equal, plugins, record
 from dfkd_bench.engines.local import default_devices
 from dfkd_bench.errors import UserError
 from dfkd_bench.plan import Plan, carry_out, make_plan
@@ -31,7 +34,7 @@ from dfkd_bench.plugins import Plugins
 from dfkd_bench.progress import show
 from dfkd_bench.record import Record
 from dfkd_bench.run import Place
-from dfkd_bench.suite import make_suite, parse_seeds, split_list
+from dfkd_bench.suite import ALL, all_methods, make_suite, parse_seeds, split_list
 
 FIRST_SEED = 100  # tables report seeds from 0
 
@@ -78,7 +81,7 @@ class Trial:
 
 
 def run_trials(
-    dataset: str, trials: Sequence[Trial], seeds: tuple[int, ...], home: Path, found: Plugins
+    dataset: str, protocol: str, trials: Sequence[Trial], seeds: tuple[int, ...], home: Path, found: Plugins
 ) -> list[Trial]:
     """All trials as one plan, so that every worker is busy; returns them with the new runs added."""
     if not trials or not seeds:
@@ -87,7 +90,7 @@ def run_trials(
         make_plan(
             make_suite(
                 "trials", f"{trial.method} trial", dataset, [trial.method], controls=(), seeds=seeds,
-                evaluate_on="validation", protocol="smoke",
+                evaluate_on="validation", protocol=protocol,
                 settings={f"{trial.method}.{name}": value for name, value in trial.settings.items()},
             ), found, home,
         )
@@ -110,16 +113,27 @@ def run_trials(
 
 
 def tune(
-    dataset: str, methods: Sequence[str], count: int, finalists: int, seeds: tuple[int, ...], output: Path
+    dataset: str,
+    protocol: str,
+    methods: Sequence[str],
+    count: int,
+    finalists: int,
+    seeds: tuple[int, ...],
+    output: Path,
+    found: Plugins,
 ) -> dict[str, Any]:
     """Trials of all ``methods``; returns what is kept of them, by method."""
-    found, home = plugins.discover(), output / "trials" / ".work"
+    home = output / "trials" / ".work"
     searches = {method: dict(found.method(method).search) for method in methods}
+    if protocol == "equal":
+        searches = {method: {"lr": equal.budget(dataset).lr} for method in methods}
     for method, search in searches.items():
         if not search:
             raise UserError(f"method {method} has no `search` space to draw trials from")
     trials = [Trial(method, drawn) for method, search in searches.items() for drawn in draw_trials(search, count)]
-    trials = run_trials(dataset, trials, seeds[:1], home, found)
+    if protocol == "equal":
+        trials = [Trial(method, {"lr": value}) for method in methods for value in searches[method]["lr"]]
+    trials = run_trials(dataset, protocol, trials, seeds[:1], home, found)
     rank = {
         id(trial): place
         for method in methods
@@ -127,7 +141,9 @@ def tune(
             sorted((item for item in trials if item.method == method), key=Trial.order, reverse=True)
         )
     }
-    final = run_trials(dataset, [item for item in trials if rank[id(item)] < finalists], seeds[1:], home, found)
+    final = run_trials(
+        dataset, protocol, [item for item in trials if rank[id(item)] < finalists], seeds[1:], home, found
+    )
     by_setting = {(item.method, json.dumps(item.settings)): item for item in [*trials, *final]}
     kept = {}
     for method, search in searches.items():
@@ -152,8 +168,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m dfkd_bench.benchmarks.tune", description=__doc__.split("\n")[0])
     parser.add_argument("--dataset", required=True)
     parser.add_argument("--methods", required=True)
+    parser.add_argument("--protocol", choices=["smoke", "equal"], default="smoke")
     parser.add_argument("--trials", type=int, default=8)
-    parser.add_argument("--finalists", type=int, default=3)
+    parser.add_argument("--finalists", type=int, default=2)
     parser.add_argument("--seeds", default=f"{FIRST_SEED}-{FIRST_SEED + 1}")
     parser.add_argument("--output", type=Path, default=Path("results"))
     arguments = parser.parse_args()
@@ -161,9 +178,13 @@ def main() -> None:
         seeds = parse_seeds(arguments.seeds)
         if min(seeds) < FIRST_SEED:
             raise UserError(f"--seeds {arguments.seeds}: settings are chosen with seeds from {FIRST_SEED} up")
-        path = arguments.output / "trials" / f"{record.safe_name(arguments.dataset)}.json"
+        dataset, protocol, found = arguments.dataset, arguments.protocol, plugins.discover()
+        suffix = "_equal" if protocol == "equal" else ""
+        path = arguments.output / "trials" / f"{record.safe_name(dataset)}{suffix}.json"
         methods, finalists = split_list(arguments.methods), min(arguments.finalists, arguments.trials)
-        new = tune(arguments.dataset, methods, arguments.trials, finalists, seeds, arguments.output)
+        if methods == (ALL,):
+            methods = all_methods(found, protocol, dataset)
+        new = tune(dataset, protocol, methods, arguments.trials, finalists, seeds, arguments.output, found)
         known = json.loads(path.read_text()) if path.is_file() else {}
         record.write_text(path, json.dumps({**known, **new}, indent=1) + "\n")
     except UserError as error:

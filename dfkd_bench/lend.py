@@ -31,13 +31,34 @@ def pool(
     ``name``: a data set's name, or ``folder:PATH`` with any images below it. uint8 [n, C, H, W] on ``device``; the
     teacher's own data set is refused.
     """
+    other = known_pool(name, dataset, root, extra)
+    if isinstance(other, Path):
+        return folder_images(other, dataset.image_shape).to(device)
+    images = other.split("train", root).images
+    blocks = (torch.from_numpy(images[start : start + 1024].copy()) for start in range(0, len(images), 1024))
+    return torch.cat([fit(block, dataset.image_shape) for block in blocks]).to(device)  # large images stay on disk
+
+
+def known_pool(
+    name: str, dataset: DataSet, root: Path | None, extra: Mapping[str, DataSet] | None = None
+) -> DataSet | Path:
+    """The data set or folder that a pool's name means, before anything is read; a ``UserError`` if there is none."""
     if name.startswith(data.FOLDER_PREFIX):
-        return folder_images(Path(name.removeprefix(data.FOLDER_PREFIX)), dataset.image_shape).to(device)
+        folder = Path(name.removeprefix(data.FOLDER_PREFIX)).expanduser()
+        image_files(folder)
+        return folder
     other = data.dataset(name, root, extra)
     if other.name == dataset.name:
         raise UserError(f"pool '{name}' is the teacher's own data set: name another one, or folder:PATH")
-    images = torch.from_numpy(other.split("train").images.copy())
-    return fit(images, dataset.image_shape).to(device)
+    return other
+
+
+def image_files(folder: Path) -> list[Path]:
+    """All images below ``folder`` in the order of their paths; none are a ``UserError``."""
+    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    if not files:
+        raise UserError(f"there are no images ({', '.join(sorted(IMAGE_SUFFIXES))}) below {folder}")
+    return files
 
 
 def folder_images(folder: Path, shape: tuple[int, int, int]) -> Tensor:
@@ -45,12 +66,8 @@ def folder_images(folder: Path, shape: tuple[int, int, int]) -> Tensor:
     from PIL import Image
     from torchvision.transforms.functional import pil_to_tensor
 
-    folder = folder.expanduser()
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
-    if not files:
-        raise UserError(f"there are no images ({', '.join(sorted(IMAGE_SUFFIXES))}) below {folder}")
     images = []
-    for path in files:
+    for path in image_files(folder.expanduser()):
         try:
             with Image.open(path) as image:
                 pixels = pil_to_tensor(image.convert("RGB" if shape[0] == 3 else "L"))

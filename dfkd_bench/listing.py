@@ -14,9 +14,10 @@ from rich.table import Table
 from rich.text import Text
 
 from dfkd_bench import data, paths
-from dfkd_bench.plugins import Plugins, Source
+from dfkd_bench.plugins import Plugins, Source, unavailable
 
 if TYPE_CHECKING:
+    from dfkd_bench.ablation_plan import AblationPlan
     from dfkd_bench.method import Method
     from dfkd_bench.plan import Plan
 
@@ -29,7 +30,7 @@ def _table(*columns: str, right: tuple[str, ...] = ()) -> Table:
 
 
 def methods(found: Plugins) -> RenderableType:
-    """Name, family, year, outside knowledge, and whether its details are confirmed."""
+    """Name, family, year, outside knowledge, whether details are confirmed; then those that are not available."""
     table = _table("method", "family", "year", "venue", "outside knowledge", "details", "what it is", right=("year",))
     cards = {name: source.card() for name, source in found.methods.items()}
     for name in sorted(cards, key=lambda name: (cards[name].get("family") == "control", name)):
@@ -43,6 +44,16 @@ def methods(found: Plugins) -> RenderableType:
             "confirmed" if card.get("confirmed", True) else "not confirmed",
             str(card.get("title", "-")),
         )
+    return Group(table, Text("\nNot available", style="bold"), _unavailable(found))
+
+
+def _unavailable(found: Plugins) -> RenderableType:
+    """Methods without code, and why; one that a plugin has built is left out."""
+    table = _table("method", "year", "venue", "what it is", "why not", right=("year",))
+    for name, facts in sorted(unavailable().items()):
+        if name not in found.methods:
+            why = f"{facts['reason']} ({facts['link']})"
+            table.add_row(name, str(facts["year"]), facts["venue"], facts["title"], why)
     return table
 
 
@@ -66,15 +77,16 @@ def models(found: Plugins) -> RenderableType:
 
 
 def suites(_found: Plugins) -> RenderableType:
-    """Built-in suites with their titles."""
+    """Built-in suites and ablations with their titles."""
     import importlib.resources
     import tomllib
 
-    table = _table("suite", "title")
+    table = _table("suite", "for", "title")
     for entry in sorted(importlib.resources.files("dfkd_bench.benchmarks").iterdir(), key=lambda entry: entry.name):
         if entry.name.endswith(".toml") and entry.name not in ("defaults.toml", "equal.toml"):
             content = tomllib.loads(entry.read_text(encoding="utf-8"))
-            table.add_row(entry.name.removesuffix(".toml"), content["title"])
+            command = "ablate" if "rows" in content else "run"  # as suite.is_ablation says, which would import torch
+            table.add_row(entry.name.removesuffix(".toml"), command, content["title"])
     return table
 
 
@@ -149,6 +161,26 @@ def plan(plan_: Plan) -> RenderableType:
     for spec in plan_.missing_teachers:
         epochs = f"{spec.recipe.epochs} epochs" if spec.recipe else f"imported, sha256 {(spec.sha256 or '')[:12]}"
         lines.append(f"teacher to be trained first: {spec.model} on {plan_.suite.dataset} ({epochs})")
+    return Group(table, Text(""), Text("\n".join([*lines, "nothing was started"])))
+
+
+def ablation_plan(planned: AblationPlan) -> RenderableType:
+    """Every row with what is changed in it and how far it is, then the sums and what can't run."""
+    table = _table("row", "method", "changed", "job of the first seed", "seeds")
+    for item in planned.rows:
+        row, counts = item.row, Counter(one.state for one in item.planned)
+        changed = [f"{key}={value}" for key, value in row.settings.items()]
+        changed += [f"pool_cap={item.planned[0].job.schedule.pool_cap}"] if row.pool_share else []
+        states = ", ".join(f"{count} {state}" for state, count in sorted(counts.items()))
+        first = item.planned[0].job.id
+        table.add_row(*map(Text, (row.label, row.method, ", ".join(changed) or "-", first, states)))
+    plan_, ablation = planned.plan, planned.ablation
+    counts = Counter(item.state for item in plan_.planned)
+    sums = ", ".join(f"{count} {state}" for state, count in sorted(counts.items())) or "none"
+    place = f"data set {ablation.dataset}, pair {ablation.pair}, protocol {ablation.protocol}"
+    lines = [f"{len(plan_.planned)} jobs, shared ones once: {sums} ({place})"]
+    lines += [f"not at hand for row '{item.row.label}': {item.missing}" for item in planned.rows if item.missing]
+    lines += [f"teacher to be trained first: {spec.model} on {ablation.dataset}" for spec in plan_.missing_teachers]
     return Group(table, Text(""), Text("\n".join([*lines, "nothing was started"])))
 
 

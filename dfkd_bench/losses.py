@@ -215,3 +215,29 @@ def variation_norms(images: Tensor) -> Tensor:
         images[:, :, 1:, :-1] - images[:, :, :-1, 1:],
     )
     return torch.stack([torch.linalg.vector_norm(difference) for difference in differences]).sum()
+
+
+def log_confusion(free: Tensor, accuracy: float) -> Tensor:
+    """Logarithm of the matrix [K, K] of probabilities that a teacher says j (column) where i (row) is true.
+
+    ``accuracy``, in (0, 1), stands on the diagonal; the rest of each row is shared out by the softmax of that row of
+    ``free`` [K, K - 1], K >= 2, whose entries are those of the row without the diagonal, in order. Rows add up to 1.
+    Source: DFND (CVPR 2021), the adaptation matrix; huawei-noah/Efficient-Computing,
+    Data-Efficient-Model-Compression/DFND/DFND-train.py.
+    """
+    classes = torch.arange(free.shape[0], device=free.device)
+    row, column = classes.unsqueeze(1), classes.unsqueeze(0)
+    wrong = F.log_softmax(_full(free), dim=1) + math.log1p(-accuracy)
+    position = (column - (column > row).to(column.dtype)).clamp(max=free.shape[1] - 1)  # in ``free`` without diagonal
+    return torch.where(row == column, math.log(accuracy), wrong.gather(1, position))
+
+
+def noisy_cross_entropy(student_logits: Tensor, labels: Tensor, log_confusions: Tensor) -> Tensor:
+    """Mean cross entropy of ``labels`` [b], which may be wrong, to what the student would expect them to be; 0-d.
+
+    The student's probabilities [b, K] (T = 1) times the matrix whose logarithm is ``log_confusions`` [K, K]: a sure
+    student need not follow a label that the teacher is known to confuse with its own. Gradient reaches both.
+    Source: as ``log_confusion``.
+    """
+    log_student = F.log_softmax(_full(student_logits), dim=1)
+    return -(log_student + log_confusions.T[labels]).logsumexp(dim=1).mean()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from dfkd_bench import data, record, teachers, text
+from dfkd_bench import data, lend, record, teachers, text
 from dfkd_bench.engines import local
 from dfkd_bench.errors import UserError
 from dfkd_bench.job import PROTOCOL_VERSION, Job, TeacherSpec
@@ -107,7 +107,7 @@ def carry_out(
     if jobs:
         local.output_is_writable(place.output)
         dataset = data.dataset(plan.suite.dataset, place.data_root, found.datasets)
-        _needs_are_met(jobs, found, dataset, report)
+        _needs_are_met(jobs, found, dataset, place.data_root, report)
         report(Step("data", dataset.name, 0, 1))
         for split in data.SPLITS:
             dataset.split(split, place.data_root)
@@ -121,11 +121,25 @@ def carry_out(
     return [record.read(path) for path in paths if path.is_file()]
 
 
-def _needs_are_met(jobs: Sequence[Job], found: Plugins, dataset: data.DataSet, report: Callable[[Step], None]) -> None:
-    """Label-text embeddings are made here, so that no text encoder is ever imported in a run."""
+def _needs_are_met(
+    jobs: Sequence[Job],
+    found: Plugins,
+    dataset: data.DataSet,
+    root: Path | None,
+    report: Callable[[Step], None],
+) -> None:
+    """What methods need beside the teacher is looked at before anything is trained. Label-text embeddings are made
+    here, so that no text encoder is ever imported in a run."""
     wanted: dict[tuple[str, str, str], None] = {}
     for job in jobs:
         method = found.method(job.method)
+        if "unlabelled" in method.needs:
+            try:
+                pool = lend.known_pool(job.config["pool"], dataset, root, found.datasets)
+                if not isinstance(pool, Path):
+                    pool.split("train", root)
+            except UserError as error:
+                raise UserError(f"{job.method}: {error}") from None
         if method.reads_label_text(method.Config(**job.config)):
             if not {"encoder", "prompt"} <= job.config.keys():
                 raise UserError(f"method {job.method} needs label_text, but has no settings `encoder` and `prompt`")

@@ -16,11 +16,14 @@ import ast
 import hashlib
 import importlib
 import importlib.metadata
+import importlib.resources
 import importlib.util
 import inspect
 import sys
+import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -103,8 +106,11 @@ class Plugins:
     broken: Mapping[str, str] = field(default_factory=dict)
 
     def source(self, name: str) -> Source:
-        """The source of a method; a misspelt name gets the nearest one."""
+        """The source of a method; a misspelt name gets the nearest one, an unavailable method its reason."""
         if name not in self.methods:
+            missing = unavailable().get(name.lower().replace("-", "_"))
+            if missing is not None:
+                raise UserError(f"method '{name}' is known, but not available: {missing['reason']}")
             raise unknown("method", name, self.methods, "`dfkd-bench list methods` shows them")
         return self.methods[name]
 
@@ -141,6 +147,13 @@ def discover(files: Sequence[Path] = ()) -> Plugins:
                 _refuse_clash(origins, group, name, f"file {path}")
                 found[group][name] = value
     return Plugins(methods, files=tuple(path.resolve() for path in files), broken=broken, **found)
+
+
+@cache
+def unavailable() -> dict[str, dict[str, Any]]:
+    """Methods that are known and not built: name -> title, year, venue, link and the reason, of unavailable.toml."""
+    text = importlib.resources.files(METHODS_PACKAGE).joinpath("unavailable.toml").read_text(encoding="utf-8")
+    return tomllib.loads(text)
 
 
 def load(source: Source) -> type[Method]:

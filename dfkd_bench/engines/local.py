@@ -26,7 +26,7 @@ from dfkd_bench.errors import UserError, disk_error
 from dfkd_bench.job import Job, TeacherSpec
 from dfkd_bench.paths import HOME_VARIABLE, home
 from dfkd_bench.record import Record, read, record_path, write
-from dfkd_bench.run import Place, failed
+from dfkd_bench.run import EpochDone, Place, failed
 from dfkd_bench.suite import settings_table
 
 ATTEMPTS = 2  # a process that is killed is started once more: it goes on from its checkpoint
@@ -217,18 +217,29 @@ def _in_environment(environment: dict[str, str], child: Callable[..., None], *ar
     child(*arguments)
 
 
+def _tell(connection: Connection, message: tuple[str, Any]) -> None:
+    """Report to the parent. If it is gone, the run stops as by Ctrl-C, to be taken up again."""
+    try:
+        connection.send(message)
+    except OSError:
+        raise KeyboardInterrupt from None
+
+
 def _run_child(job: Job, place: Place, connection: Connection) -> None:
     from dfkd_bench.run import run
     from dfkd_bench.runfolder import Busy
 
+    def report(done: EpochDone) -> None:
+        _tell(connection, ("epoch", (done.epoch, done.epochs, done.accuracy)))
+
     def work() -> None:
         try:
-            record = run(job, place, lambda done: connection.send(("epoch", (done.epoch, done.epochs, done.accuracy))))
+            record = run(job, place, report)
         except Busy:
-            connection.send(("error", "busy"))
+            _tell(connection, ("error", "busy"))
             return
         if record.status == "failed":
-            connection.send(("error", record.reason or "failed"))
+            _tell(connection, ("error", record.reason or "failed"))
 
     _guarded(work, connection)
 
@@ -248,7 +259,7 @@ def _teacher_child(task: TeacherTask, place: Place, connection: Connection) -> N
             compute,
             place.data_root,
             found.models,
-            lambda progress: connection.send(("epoch", (progress.epoch, progress.epochs, None))),
+            lambda progress: _tell(connection, ("epoch", (progress.epoch, progress.epochs, None))),
         )
 
     _guarded(work, connection)
@@ -259,15 +270,15 @@ def _guarded(work: Callable[[], None], connection: Connection) -> None:
     try:
         work()
     except UserError as error:
-        connection.send(("error", f"user:{error}"))
+        _tell(connection, ("error", f"user:{error}"))
     except KeyboardInterrupt:
-        pass
+        pass  # by Ctrl-C, or because nobody listens any more
     except Exception as error:
         problem = disk_error(error) if isinstance(error, OSError) else None
         if problem:
-            connection.send(("error", f"user:{problem}"))
+            _tell(connection, ("error", f"user:{problem}"))
             return
-        connection.send(("error", f"{type(error).__name__}: {error}"))
+        _tell(connection, ("error", f"{type(error).__name__}: {error}"))
     finally:
         connection.close()
 

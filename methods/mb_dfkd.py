@@ -1,0 +1,229 @@
+"""MB-DFKD: Preventing Catastrophic Forgetting and Distribution Mismatch in Knowledge Distillation via Synthetic Data.
+
+Kuluhan Binici, Nam Trung Pham, Tulika Mitra, Karianto Leman; WACV 2022. https://arxiv.org/abs/2108.05698, no code of
+theirs is known; a re-implementation for comparison: https://github.com/gaurav104/LRA, src/agents/predfkd_memory.py.
+
+A generator looks for images on which the student disagrees and that look to the teacher like its training data. Some
+of what it has made is kept in a memory bank and joins every student batch, so that the student forgets nothing.
+
+Not confirmed: the abstract and that re-implementation were at hand, but not the paper's text. Everything is what the
+re-implementation does; which of it is the paper's is not known.
+
+Differences from the paper
+1. How often the bank gets images, how many it holds and how many join a batch are the re-implementation's, and so are
+   the generator, the weights of its losses and the distances: those of the same authors' later PRE-DFKD.
+
+Differences from the released code
+1. That is the re-implementation's. A batch enters the bank at the start of the next epoch, not at the end of its own.
+2. The class balance is computed in logarithms: a class that is never predicted gives 0, not NaN.
+3. The task's own normalisation is used.
+4. In the generator's step the student is in train mode, where its BatchNorm statistics move; ``student_eval=true``
+   keeps it in eval mode. The code does so only in the first round of an epoch, after the evaluation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from dfkd_bench.generators import EarlyGenerator, uniform_
+from dfkd_bench.losses import activation, bounded_agreement, class_balance, confidence, logit_distance
+from dfkd_bench.method import Batch, Method, MethodConfig, PoolView, Progress, Published, Schedule, Synthesis, Task
+
+CARD = {
+    "title": "MB-DFKD: a generator and a memory bank of what it made before",
+    "family": "generator",
+    "year": 2022,
+    "venue": "WACV",
+    "confirmed": False,
+    "knowledge": "none",
+}
+
+
+class Config(MethodConfig):
+    """Defaults: the re-implementation's configuration (src/configs/MB-DFKD.json) and code, here "third-party"."""
+
+    temperature: float = Field(1.0, ge=1, le=1, description="1: the student's distance of logits has no temperature")
+    capacity: int = Field(10, ge=1, le=1000, description="stored batches, the newest; `memory_capacity` (third-party)")
+    store_every: int = Field(5, ge=1, description="epochs from one stored batch to the next (third-party)")
+    replay_divisor: int = Field(8, ge=1, description="one stored image to so many new ones (third-party: 8)")
+    synthesis_batch_size: int = Field(1024, ge=2, le=100_000, description="images a generator step (third-party)")
+    latent_dim: int = Field(1000, ge=1, description="width of the latent vectors; `latent_dim` (third-party)")
+    generator_steps: int = Field(1, ge=1, le=100_000, description="generator steps a round; `gen_iter` (third-party)")
+    generator_lr: float = Field(0.02, gt=0, le=10, description="Adam on the generator; `lr_G` (third-party)")
+    onehot: float = Field(1.0, ge=0, description="weight of the cross entropy to the own argmax; `oh` (third-party)")
+    balance: float = Field(5.0, ge=0, description="weight of the class balance, base-10; `ie` (third-party)")
+    activation: float = Field(0.1, ge=0, description="weight of the activation term; `a` (third-party)")
+    adversarial: float = Field(1.0, ge=0, description="weight of the disagreement (third-party: 1)")
+    student_eval: bool = Field(
+        False, description="student in eval mode in the generator's step (not so in the third-party code: false)"
+    )
+    generator_width: int = Field(64, ge=1, description="base width of the convolutions (third-party)")
+
+
+@contextmanager
+def tapped(layer: nn.Module) -> Iterator[list[Tensor]]:
+    """Inside the ``with`` every forward call of ``layer`` appends its input to the list."""
+    inputs: list[Tensor] = []
+    handle = layer.register_forward_pre_hook(lambda _layer, given: inputs.append(given[0]))
+    try:
+        yield inputs
+    finally:
+        handle.remove()
+
+
+class MemoryBank:
+    """The newest ``capacity`` batches, one of every ``every``-th epoch, beginning with the first: its last one."""
+
+    def __init__(self, capacity: int, every: int) -> None:
+        self.capacity, self.every = capacity, every
+        self.batches: list[Tensor] = []
+        self.latest: Tensor | None = None  # of the current epoch, so far
+
+    def begin(self, epoch: int) -> None:
+        """A new epoch, from 0: what ``note`` kept last is stored if it is of an epoch whose turn it was."""
+        if self.latest is not None and (epoch - 1) % self.every == 0:
+            self.batches = [*self.batches, self.latest][-self.capacity :]
+        self.latest = None
+
+    def note(self, images: Tensor) -> None:
+        """Keep ``images`` until the next ones come or the epoch ends."""
+        self.latest = images.clone()
+
+    def draw(self, rng: torch.Generator) -> Tensor | None:
+        """One stored batch at random; None before the first one."""
+        if not self.batches:
+            return None
+        number = torch.randint(len(self.batches), (1,), device=rng.device, generator=rng)
+        return torch.stack(self.batches).index_select(0, number)[0]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Stored batches and the one of the current epoch."""
+        return {"batches": self.batches, "latest": self.latest}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The inverse of ``state_dict``."""
+        self.batches, self.latest = list(state["batches"]), state["latest"]
+
+
+class MbDfkd(Method):
+    """The method. One call takes ``generator_steps`` steps of one persistent generator; the bank is fed by epochs."""
+
+    Config = Config
+    quirks: ClassVar = {
+        "student_unchanged_by_synthesis": "in the generator's step the third-party code leaves the student in train "
+        "mode, so that its BatchNorm statistics move; student_eval=true does without",
+        "student_batch_range": "the generator ends in tanh and a BatchNorm: its images have the mean and variance of "
+        "normalised images, but not their range",
+    }
+    absorbs = "generator_steps"
+    described: ClassVar = {"student_eval": True}
+    tiny: ClassVar = {"synthesis_batch_size": 12, "latent_dim": 8, "generator_width": 4, "store_every": 1}
+
+    def __init__(self, config: Any, task: Task) -> None:
+        super().__init__(config, task)
+        with task.device:
+            generator = EarlyGenerator(config.latent_dim, task.image_shape, config.generator_width, spectral=True)
+            uniform_(generator)
+        self.generator = generator.to(memory_format=torch.channels_last)
+        self.optimizer = torch.optim.Adam(self.generator.parameters(), lr=config.generator_lr, fused=True)
+        self.bank = MemoryBank(config.capacity, config.store_every)
+
+    def synthesize(self, student: nn.Module, at: Progress) -> Synthesis:
+        loss = torch.zeros(())
+        if at.round == 0:
+            self.bank.begin(at.epoch - at.warmup_epochs)
+        student.train(not self.config.student_eval)
+        for _ in range(self.config.generator_steps):
+            loss = self._loss(self.generator(self._draw(self.config.synthesis_batch_size)), student)
+            self.optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            self.optimizer.step()
+        student.eval()
+        return Synthesis(None, scalars={"synthesis_loss": loss.detach()})
+
+    def student_batch(self, pool: PoolView, size: int, at: Progress) -> Batch:
+        """``size`` new images and, once there are some, a stored batch, which comes on top."""
+        with torch.no_grad():
+            new = self.generator(self._draw(size))
+        self.bank.note(new[: self._share(size)])
+        old = self.bank.draw(self.task.rng)
+        images = new if old is None else torch.cat([new, old])
+        return Batch(images, parts={"new": slice(0, size), "replay": slice(size, images.shape[0])})
+
+    def student_loss(self, student: nn.Module, batch: Batch, at: Progress) -> Tensor:
+        """Mean absolute difference of the logits, new and stored images alike."""
+        return logit_distance(student(batch.images), self.task.teach(batch.images))
+
+    def _loss(self, images: Tensor, student: nn.Module) -> Tensor:
+        """What the teacher says of images like its own, and the student's agreement with it; 0-d."""
+        config = self.config
+        with tapped(self.task.teacher.classifier) as penultimate:
+            logits = self.task.teacher(images)
+        return (
+            config.onehot * confidence(logits)
+            + config.balance * class_balance(logits, 10)
+            + config.activation * activation(penultimate[-1])
+            + config.adversarial * bounded_agreement(student(images), logits.detach())
+        )
+
+    def _share(self, size: int) -> int:
+        """Stored images to ``size`` new ones; BatchNorm needs two."""
+        return max(2, size // self.config.replay_divisor)
+
+    def _draw(self, size: int) -> Tensor:
+        return torch.randn(size, self.config.latent_dim, device=self.task.device, generator=self.task.rng)
+
+    @classmethod
+    def generation_cost(cls, config: Any, schedule: Schedule, num_classes: int) -> int:
+        return schedule.rounds * config.generator_steps * config.synthesis_batch_size
+
+    @classmethod
+    def batch_rows(cls, config: Any, size: int) -> int:
+        return size + max(2, size // config.replay_divisor)
+
+
+def _ours(source: str) -> Published:
+    return Published(
+        schedule=Schedule(epochs=20, rounds_per_epoch=6, student_steps=5, batch_size=128, lr=0.1, lr_min=2e-4),
+        config={
+            "synthesis_batch_size": 128,
+            "latent_dim": 100,
+            "generator_width": 32,
+            "generator_steps": 5,
+            "generator_lr": 1e-3,
+            "store_every": 1,
+        },
+        origin="ours",
+        source=source,
+    )
+
+
+MbDfkd.published = {
+    "cifar100/resnet34:resnet18": Published(
+        schedule=Schedule(
+            epochs=400, rounds_per_epoch=36, student_steps=10, batch_size=1024, lr=0.1, weight_decay=5e-4
+        ),
+        origin="third-party",
+        source="gaurav104/LRA, src/configs/MB-DFKD.json and src/agents/predfkd_memory.py",
+    ),
+}
+MbDfkd.search = {
+    "generator_steps": (1, 3, 5),
+    "generator_lr": (1e-3, 5e-3, 0.02),
+    "balance": (5.0, 20.0),
+    "adversarial": (1.0, 10.0),
+    "store_every": (1, 5),
+    "replay_divisor": (2, 8),
+    "lr": (0.05, 0.1, 0.2),
+}
+MbDfkd.smoke = {
+    "digits": _ours("docs/methods/mb_dfkd.md: the best of four trials on the validation split"),
+    "glyphs16": _ours("not tuned yet: first guess, the settings of digits"),
+    "fashion_mnist": _ours("not tuned yet: first guess, the settings of digits"),
+}
