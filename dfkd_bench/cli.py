@@ -160,10 +160,7 @@ def run(
     from dfkd_bench.progress import show
     from dfkd_bench.run import Place
 
-    again = [name for name in rerun.split(",") if name]
-    for name in again:
-        if name not in RERUN:
-            raise unknown("value of --rerun", name, RERUN)
+    again = _rerun(rerun)
     found = _plugins(plugin)
     chosen = _suite(suite, methods, dataset, pair, protocol, seeds, settings, controls, split, found)
     plan_ = make_plan(chosen, found, output, data_root, device, _precision(precision))
@@ -202,6 +199,9 @@ def plan(
     from dfkd_bench.plan import make_plan
 
     found = _plugins(plugin)
+    if (ablation := _ablation(suite, methods, dataset, pair, protocol, seeds, settings, split)) is not None:
+        _print_ablation_plan(_ablation_plan(ablation, found, output, data_root, device, precision))
+        return
     chosen = _suite(suite, methods, dataset, pair, protocol, seeds, settings, controls, split, found)
     _print_plan(make_plan(chosen, found, output, data_root, device, _precision(precision)))
 
@@ -223,6 +223,7 @@ def table(
     precision: PrecisionName = "auto",
     split: SplitName = "test",
     form: Annotated[str, typer.Option("--format", "-f", help="text, markdown, csv or latex.")] = "text",
+    diversity: Annotated[bool, typer.Option("--diversity", help="How varied the images are, not accuracies.")] = False,
 ) -> None:
     """Print the table of the records at hand. Starts nothing."""
     from dfkd_bench.report import table as tables
@@ -230,7 +231,13 @@ def table(
     if form not in tables.FORMATS:
         raise unknown("format", form, tables.FORMATS)
     found = _plugins(plugin)
+    if (ablation := _ablation(suite, methods, dataset, pair, protocol, seeds, settings, split)) is not None:
+        _print_ablation(_ablation_plan(ablation, found, output, data_root, device, precision), form)
+        return
     chosen = _suite(suite, methods, dataset, pair, protocol, seeds, settings, controls, split, found)
+    if diversity:
+        _print_diversity(chosen, _records(chosen, found, output, data_root, device, precision), form)
+        return
     for built in _tables(chosen, found, _records(chosen, found, output, data_root, device, precision)):
         _plain(tables.to_text(built, out.width) if form == "text" else tables.FORMATS[form](built))
 
@@ -253,12 +260,99 @@ def plot(
     split: SplitName = "test",
     to: Annotated[Path | None, typer.Option(help="A .png, .svg or .pdf file; default: OUTPUT/figures/.")] = None,
 ) -> None:
-    """Draw accuracy against time from the records at hand. Starts nothing."""
+    """Draw accuracy against time, or an ablation's rows, from the records at hand. Starts nothing."""
     found = _plugins(plugin)
+    if (ablation := _ablation(suite, methods, dataset, pair, protocol, seeds, settings, split)) is not None:
+        planned = _ablation_plan(ablation, found, output, data_root, device, precision)
+        out.print(f"figure: {_ablation_figure(planned, planned.plan.records(), output, to)}")
+        return
     chosen = _suite(suite, methods, dataset, pair, protocol, seeds, settings, controls, split, found)
     records = _records(chosen, found, output, data_root, device, precision)
     for path in _figures(chosen, records, output, to):
         out.print(f"figure: {path}")
+
+
+@app.command()
+def gallery(
+    suite: SuiteName = None,
+    methods: Methods = None,
+    dataset: DatasetName = None,
+    pair: PairNames = None,
+    protocol: Protocol = None,
+    seeds: Seeds = None,
+    settings: Settings = None,
+    controls: Controls = True,
+    plugin: PluginFiles = None,
+    data_root: DataRoot = None,
+    output: Output = DEFAULT_OUTPUT,
+    device: Device = "auto",
+    precision: PrecisionName = "auto",
+    split: SplitName = "test",
+    to: Annotated[Path | None, typer.Option(help="A .png, .svg or .pdf file; default: OUTPUT/figures/.")] = None,
+) -> None:
+    """Draw generated images, a row a method and a column a class, from the runs at hand. Starts nothing."""
+    from dfkd_bench import data
+    from dfkd_bench.gallery import gallery as draw
+
+    found = _plugins(plugin)
+    chosen = _suite(suite, methods, dataset, pair, protocol, seeds, settings, controls, split, found)
+    records = _records(chosen, found, output, data_root, device, precision)
+    images = data.dataset(chosen.dataset, data_root, found.datasets)
+    for pair_, runs in _by_pair(chosen, records).items():
+        place = _figure_path(chosen, pair_, output, to, "-gallery")
+        path, advice = draw(runs, images, place, chosen.title, [*chosen.controls, *chosen.methods], data_root)
+        for line in advice:
+            err.print(f"[yellow]note:[/] {_escaped(line)}")
+        out.print(f"figure: {path}")
+
+
+@app.command()
+def ablate(
+    name: Annotated[str, typer.Argument(help="A built-in ablation (`list suites`) or a TOML file.")],
+    dataset: Annotated[str | None, typer.Option("--dataset", "-d", help="Data set; default: digits.")] = None,
+    pair: Annotated[str | None, typer.Option("--pair", help="TEACHER:STUDENT; default: the data set's.")] = None,
+    protocol: Protocol = None,
+    seeds: Annotated[str | None, typer.Option(help="0, 0-2, or 0,3,5-7; default: the ablation's.")] = None,
+    settings: Settings = None,
+    plugin: PluginFiles = None,
+    data_root: DataRoot = None,
+    output: Output = DEFAULT_OUTPUT,
+    device: Device = "auto",
+    precision: PrecisionName = "auto",
+    split: SplitName = "test",
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes at a time; default: one a device.")] = None,
+    rerun: Annotated[str, typer.Option(help="Also do again what is: failed, stale.")] = "",
+    deterministic: Annotated[bool, typer.Option(help="Deterministic GPU kernels (the CPU always is).")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="The same as `plan`.")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Run an ablation's rows and print its table with a verdict on each claim. What is left is done, no run twice."""
+    from dfkd_bench.ablation import read_ablation
+    from dfkd_bench.ablation_plan import plan_ablation
+    from dfkd_bench.engines.local import default_devices
+    from dfkd_bench.plan import carry_out
+    from dfkd_bench.progress import show
+    from dfkd_bench.run import Place
+
+    again = _rerun(rerun)
+    found = _plugins(plugin)
+    chosen = read_ablation(name, dataset, protocol, pair, seeds, settings or [], split)
+    if dry_run:
+        _print_ablation_plan(_ablation_plan(chosen, found, output, data_root, device, precision))
+        return
+    planned = plan_ablation(chosen, found, output, data_root, device, _precision(precision), again, encode=True)
+    for row in planned.rows:
+        if row.missing:
+            err.print(f"[yellow]warning:[/] row '{_escaped(row.row.label)}' is left out: {_escaped(row.missing)}")
+    devices, threads = default_devices(device, workers, planned.plan.to_run(again))
+    place = Place(
+        output.resolve(), data_root, found.files, device, threads, workers=len(devices), deterministic=deterministic
+    )
+    with show(planned.plan, err, quiet=quiet) as report:
+        records = carry_out(planned.plan, found, place, devices, again, report)
+    _print_ablation_results(planned, records, output)
+    if any(record.status == "failed" for record in records):
+        raise typer.Exit(EXIT_FAILED)
 
 
 # -- methods --------------------------------------------------------------------------------------------------------
@@ -309,6 +403,38 @@ def describe(
 
     found = _plugins(plugin)
     out.print(listing.describe(found.source(method), found.method(method)))
+
+
+# -- label-text embeddings ------------------------------------------------------------------------------------------
+
+
+@app.command()
+def encode(
+    encoder: Annotated[str, typer.Option(help="sbert, doc2vec, clip, onehot, random, file:PATH, ...")] = "sbert",
+    dataset: DatasetName = None,
+    labels: Annotated[Path | None, typer.Option(help="Own class names in place of --dataset, one a line.")] = None,
+    prompt: Annotated[str, typer.Option(help="With {name} or {index}; or P1, P2, P3, nayer.")] = "nayer",
+    output: Annotated[
+        Path,
+        typer.Option("--output", "-o", envvar="DFKD_BENCH_RESULTS", help="A .safetensors or .npy file, or a folder."),
+    ] = DEFAULT_OUTPUT,
+    figure: Annotated[Path | None, typer.Option(help="A .png, .svg or .pdf file; default: beside the matrix.")] = None,
+    data_root: DataRoot = None,
+    plugin: PluginFiles = None,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+) -> None:
+    """Ask a text encoder for label-text embeddings, write them, and describe them in numbers and a figure."""
+    from dfkd_bench import encode_command
+
+    encode_command.check_names(output, figure)
+    found = _plugins(plugin)
+    encoded = encode_command.encode(encoder, prompt, dataset, labels, data_root, found.datasets, found.encoders)
+    matrix, picture = encode_command.write(encoded, output, figure)
+    if not quiet:
+        out.print(encode_command.describe(encoded, verbose))
+        out.print()
+    _plain(f"matrix: {matrix}\nfigure: {picture}")
 
 
 # -- teachers -------------------------------------------------------------------------------------------------------
@@ -396,6 +522,14 @@ def _plugins(files: list[Path] | None) -> Any:
     return found
 
 
+def _rerun(text: str) -> list[str]:
+    again = [name for name in text.split(",") if name]
+    for name in again:
+        if name not in RERUN:
+            raise unknown("value of --rerun", name, RERUN)
+    return again
+
+
 def _precision(name: str) -> Literal["auto", "fp32", "bf16"]:
     if name not in ("auto", "fp32", "bf16"):
         raise unknown("precision", name, ("auto", "fp32", "bf16"))
@@ -419,6 +553,32 @@ def _suite(
     return suites.from_options(name, methods, dataset, pair, protocol, seeds, settings or [], controls, split, found)
 
 
+def _ablation(
+    name: str | None,
+    methods: str | None,
+    dataset: str | None,
+    pair: str | None,
+    protocol: str | None,
+    seeds: str | None,
+    settings: list[str] | None,
+    split: str,
+) -> Any | None:
+    """The ablation of this name; None if it is a suite or there is no name."""
+    from dfkd_bench import ablation
+
+    if not ablation.names_ablation(name):
+        return None
+    if methods is not None:
+        raise UserError(f"ablation {name} names its methods itself: leave out --methods")
+    return ablation.read_ablation(name or "", dataset, protocol, pair, seeds, settings or [], split)
+
+
+def _ablation_plan(ablation: Any, found: Any, output: Path, data_root: Path | None, device: str, precision: str) -> Any:
+    from dfkd_bench.ablation_plan import plan_ablation
+
+    return plan_ablation(ablation, found, output, data_root, device, _precision(precision))
+
+
 def _records(suite: Any, found: Any, output: Path, data_root: Path | None, device: str, precision: str) -> list[Any]:
     from dfkd_bench.plan import make_plan
 
@@ -428,29 +588,49 @@ def _records(suite: Any, found: Any, output: Path, data_root: Path | None, devic
     return records
 
 
+def _by_pair(suite: Any, records: list[Any]) -> dict[str, list[Any]]:
+    by_pair = {pair: [record for record in records if record.job.pair == pair] for pair in suite.pairs}
+    return {pair: chosen for pair, chosen in by_pair.items() if chosen}
+
+
 def _tables(suite: Any, found: Any, records: list[Any]) -> list[Any]:
     from dfkd_bench.report import table as tables
 
-    by_pair = {pair: [record for record in records if record.job.pair == pair] for pair in suite.pairs}
     order = [*suite.controls, *suite.methods]
-    return [tables.build(chosen, suite.title, order) for chosen in by_pair.values() if chosen]
+    return [tables.build(chosen, suite.title, order) for chosen in _by_pair(suite, records).values()]
+
+
+def _print_diversity(suite: Any, records: list[Any], form: str) -> None:
+    from dfkd_bench.report import diversity
+    from dfkd_bench.report import table as tables
+
+    order = [*suite.controls, *suite.methods]
+    for chosen in _by_pair(suite, records).values():
+        if form == "csv":
+            _plain(diversity.to_csv(chosen, order))
+        else:
+            built = diversity.build(chosen, suite.title, order)
+            _plain(tables.to_text(built, out.width) if form == "text" else tables.FORMATS[form](built))
 
 
 def _figures(suite: Any, records: list[Any], output: Path, to: Path | None = None) -> list[Path]:
-    from dfkd_bench.record import safe_name
     from dfkd_bench.report.plots import accuracy_against_time
 
     paths = []
-    for pair in suite.pairs:
-        chosen = [record for record in records if record.job.pair == pair and record.status == "done"]
-        if chosen:
-            stem = suite.name if len(suite.pairs) == 1 else f"{suite.name}-{safe_name(pair)}"
-            path = to or output / "figures" / f"{stem}.png"
-            if to is not None and len(suite.pairs) > 1:
-                path = to.with_stem(f"{to.stem}-{safe_name(pair)}")
-            accuracy_against_time(chosen, path, suite.title, [*suite.controls, *suite.methods])
-            paths.append(path)
+    done = [record for record in records if record.status == "done"]
+    for pair, chosen in _by_pair(suite, done).items():
+        path = _figure_path(suite, pair, output, to)
+        accuracy_against_time(chosen, path, suite.title, [*suite.controls, *suite.methods])
+        paths.append(path)
     return paths
+
+
+def _figure_path(suite: Any, pair: str, output: Path, to: Path | None, kind: str = "") -> Path:
+    """``to``, or a file named after the suite; with several pairs, each has its own."""
+    from dfkd_bench.record import safe_name
+
+    path = to or output / "figures" / f"{suite.name}{kind}.png"
+    return path if len(suite.pairs) == 1 else path.with_stem(f"{path.stem}-{safe_name(pair)}")
 
 
 def _plain(text: str) -> None:
@@ -475,6 +655,44 @@ def _print_results(suite: Any, found: Any, records: list[Any], output: Path, ver
     if verbose:
         for record in records:
             _plain(f"  {record_path(output, record.job)}")
+
+
+def _print_ablation(planned: Any, form: str) -> None:
+    from dfkd_bench.report import ablation_table
+
+    if form not in ablation_table.FORMATS:
+        raise unknown("format of an ablation", form, ablation_table.FORMATS)
+    built = ablation_table.build(planned.ablation, planned.results(planned.plan.records()))
+    _plain(ablation_table.to_text(built, out.width) if form == "text" else ablation_table.FORMATS[form](built))
+
+
+def _print_ablation_results(planned: Any, records: list[Any], output: Path) -> None:
+    from dfkd_bench.record import write_text
+    from dfkd_bench.report import ablation_table
+    from dfkd_bench.report import table as tables
+
+    built = ablation_table.build(planned.ablation, planned.results(records))
+    _plain(ablation_table.to_text(built, out.width))
+    place = output / "ablations" / f"{planned.ablation.stem}.md"
+    write_text(place, ablation_table.to_markdown(built))
+    write_text(place.with_suffix(".csv"), tables.to_csv(built.table))
+    write_text(place.with_name(f"{place.stem}-verdicts.csv"), ablation_table.verdicts_csv(built))
+    finished = any(record.last is not None for record in records)
+    figure = _ablation_figure(planned, records, output) if finished else "none: no run has an accuracy"
+    _plain(f"\ntable:   {place} (and .csv, -verdicts.csv)\nfigure:  {figure}")
+    _plain(f"records: {output / 'records'} ({len(records)} of this ablation)")
+
+
+def _ablation_figure(planned: Any, records: list[Any], output: Path, to: Path | None = None) -> Path:
+    from dfkd_bench.report.ablation_figure import draw
+
+    return draw(planned.ablation, planned.results(records), to or output / "figures" / f"{planned.ablation.stem}.png")
+
+
+def _print_ablation_plan(planned: Any) -> None:
+    from dfkd_bench import listing
+
+    out.print(listing.ablation_plan(planned))
 
 
 def _print_plan(plan_: Any) -> None:

@@ -16,6 +16,7 @@ from typing import Literal
 from pydantic import Field, ValidationError
 
 from dfkd_bench import __version__
+from dfkd_bench.clock import total
 from dfkd_bench.errors import UserError
 from dfkd_bench.job import Job
 from dfkd_bench.method import Frozen
@@ -106,6 +107,7 @@ class Record(Frozen):
     counters: Counters = Counters()
     peak_memory: int | None = Field(None, description="bytes: GPU allocator, or resident memory on the CPU")
     scalars: dict[str, float | None] = {}  # the method's own, last epoch's mean
+    diversity: dict[str, float | None] = {}  # of the images, see ``diversity.measure``; empty: not measured
     files: tuple[DataFile, ...] = ()
     embeddings: dict[str, str] = {}  # encoder, model, revision, prompt, sha256 of the label-text embedding
     hardware: dict[str, str | int] = {}
@@ -117,8 +119,8 @@ class Record(Frozen):
 
     @property
     def total_seconds(self) -> float:
-        """Headline time: all phases but evaluation."""
-        return sum(value for name, value in self.seconds.items() if name != "evaluation")
+        """Headline time: all phases but evaluation and measuring."""
+        return total(self.seconds)
 
 
 def record_path(output: Path, job: Job) -> Path:

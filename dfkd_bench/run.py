@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,8 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from dfkd_bench import data, lend, plugins, record, teachers, text
-from dfkd_bench.augment import Normalize, random_crop_flip
+from dfkd_bench import data, diversity, lend, plugins, record, teachers, text
+from dfkd_bench.augment import Normalize, random_crop_flip, to_unit
 from dfkd_bench.checkpoint import random_state, restore_random_state, seed_everything
 from dfkd_bench.clock import Clock, peak_memory, total
 from dfkd_bench.compute import Compute, hardware, resolve_device, set_threads
@@ -162,6 +162,7 @@ class _Run:
         self.last: Score | None = None
         self.resumes = 0
         self.synthesizing = False
+        self.measuring = False
         self.outcome: Outcome | None = None
 
     def finish(self, report: Callable[[EpochDone], None], started: str) -> Record:
@@ -173,6 +174,7 @@ class _Run:
             name: torch.Generator(self.device).manual_seed(stream_seed(self.job.seed, name))
             for name in ("pool", "augment", "method")
         }
+        counters, measures = Counters(), dict[str, float | None]()
         with self.watch.on():
             task = self._task(method_class, config, streams)
             reason = self._unsupported(method_class, config, task)
@@ -183,6 +185,10 @@ class _Run:
                 self._refuse_data_files(method_class)
                 student = {name: tensor.cpu().contiguous() for name, tensor in bench.student.state_dict().items()}
                 record.write_bytes(self.folder.path / "student.safetensors", safetensors.torch.save(student))
+                counters = Counters(images_made=bench.pool.made, **vars(bench.counts))
+            memory = peak_memory(self.device)  # of the method, not of measuring
+            if reason is None:
+                measures = self._measure(bench, task)
         return Record(
             job_id=self.job.id,
             job=self.job,
@@ -201,9 +207,10 @@ class _Run:
             last=self.last,
             best=self.best,
             seconds={name: round(value, 4) for name, value in self.clock.settle().items()},
-            counters=Counters(images_made=bench.pool.made, **vars(bench.counts)) if reason is None else Counters(),
-            peak_memory=peak_memory(self.device),
+            counters=counters,
+            peak_memory=memory,
             scalars={name: _finite(value.item()) for name, value in bench.scalars.items()} if reason is None else {},
+            diversity=measures,
             files=tuple(DataFile(path=self._public(path), phase=phase) for path, phase in self.watch.files),
             embeddings=self.embeddings,
             hardware=hardware(self.device, self.place.workers),
@@ -226,7 +233,10 @@ class _Run:
         if "initial_images" in needs and config.initial_images is not None:
             lent["initial_images"] = lend.folder_images(Path(config.initial_images), shape).to(self.device)
         padding, flip = self.dataset.image_shape[1] // 8, self.dataset.flip_keeps_class
-        augment_stream = streams["augment"]
+
+        def augment(images: Tensor) -> Tensor:
+            return images if self.measuring else random_crop_flip(images, padding, flip, streams["augment"])
+
         return Task(
             teacher=self.teacher.model,
             teach=self._teach,
@@ -235,7 +245,7 @@ class _Run:
             image_shape=self.dataset.image_shape,
             device=self.device,
             normalize=self.normalize,
-            augment=lambda images: random_crop_flip(images, padding, flip, augment_stream),
+            augment=augment,
             flip_keeps_class=flip,
             crop_padding=padding,
             rng=streams["method"],
@@ -361,6 +371,53 @@ class _Run:
         self.folder.append_metrics(self.curve[-1].model_dump())
         if loss is None:
             self.outcome = "not finite"
+
+    # -- after the loop -------------------------------------------------------------------------------------------
+
+    def _measure(self, bench: _Bench, task: Task) -> dict[str, float | None]:
+        """The diversity of the images that the student gets in the end; a few of them are kept for the gallery.
+
+        All is over when this begins, so that it changes no result. What goes wrong here costs no run: it is logged.
+        """
+        if self.outcome == "not finite":
+            return {}
+        self.measuring = True
+        lent = task.training_data is not None or task.unlabelled is not None
+        try:
+            with self.clock.phase("measuring"):
+                teacher, normalize = self.teacher.model, self.normalize
+                limit = min(diversity.SAMPLE, len(bench.pool) or diversity.SAMPLE)
+                made = diversity.look(teacher, self._student_images(bench), normalize, limit)
+                if lent:  # images that are drawn once more in the next pass are none that the method repeats
+                    made = diversity.distinct(made)
+                measures = diversity.measure(made, diversity.look(teacher, self._real_images(), normalize))
+                kept = diversity.keepsakes(made)
+        except Exception:
+            with (self.folder.path / "log.txt").open("a") as log:
+                log.write(f"diversity was not measured:\n{traceback.format_exc()}")
+            return {}
+        finally:
+            self.measuring = False
+        self.folder.keep_images(kept)
+        return measures | {"duplicates": None} if lent else measures
+
+    def _student_images(self, bench: _Bench) -> Iterator[Tensor]:
+        """Further student batches, normalised, without the data set's augmentation; one pass over the pool."""
+        schedule, pool = self.job.schedule, bench.pool
+        stream = torch.Generator().manual_seed(stream_seed(self.job.seed, "diversity"))
+        view = diversity.OnePass(pool.images, pool.extras, stream)
+        at = Progress(schedule.epochs - 1, schedule.rounds_per_epoch - 1, schedule.epochs, schedule.warmup_epochs)
+        while True:
+            with self.watch.method(), self.compute.autocast():
+                batch = bench.method.student_batch(view, schedule.batch_size, at)
+            yield batch.images
+
+    def _real_images(self) -> Iterator[Tensor]:
+        """Held-out images, normalised: the same ones for all runs on a data set."""
+        stream = torch.Generator().manual_seed(stream_seed(0, "real images"))
+        order = torch.randperm(self.held_out.images.shape[0], generator=stream).to(self.device)
+        for rows in order.split(500):
+            yield self.normalize(to_unit(self.held_out.images[rows]))
 
     # -- between the epochs ---------------------------------------------------------------------------------------
 

@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 import psutil
+import safetensors.numpy
+import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -23,10 +25,11 @@ from dfkd_bench.errors import UserError
 from dfkd_bench.job import Job
 from dfkd_bench.paths import home
 from dfkd_bench.pool import Pool
-from dfkd_bench.record import write_text
+from dfkd_bench.record import write_bytes, write_text
 
 HEARTBEAT = 5.0  # seconds between signs of life of a running job
 STALE = 60.0  # a lease without a sign of life for so long is taken over
+IMAGES = "images.safetensors"
 
 
 class Busy(Exception):
@@ -34,7 +37,7 @@ class Busy(Exception):
 
 
 class RunFolder:
-    """``$DFKD_BENCH_HOME/runs/<job id>/``: job.json, metrics.jsonl, log.txt, lease, checkpoint/ and the student."""
+    """``$DFKD_BENCH_HOME/runs/<job id>/``: job.json, metrics.jsonl, log.txt, lease, checkpoint/, student and images."""
 
     def __init__(self, job: Job) -> None:
         self.job = job
@@ -48,7 +51,8 @@ class RunFolder:
         return (self._checkpoint / "state.safetensors").is_file()
 
     def create(self) -> None:
-        """Make the folder and its job.json."""
+        """Make the folder and its job.json; images of an earlier run of the job go."""
+        (self.path / IMAGES).unlink(missing_ok=True)
         write_text(self.path / "job.json", self.job.model_dump_json(indent=1) + "\n")
 
     @contextmanager
@@ -127,9 +131,19 @@ class RunFolder:
         state: dict[str, Any] = saved["state"]
         return state
 
+    def keep_images(self, kept: dict[str, Tensor]) -> None:
+        """Write images for the gallery (``diversity.keepsakes``)."""
+        write_bytes(self.path / IMAGES, safetensors.torch.save(kept))
+
     def forget_checkpoint(self) -> None:
         """After the record is written."""
         shutil.rmtree(self._checkpoint, ignore_errors=True)
+
+
+def kept_images(job_id: str) -> dict[str, np.ndarray] | None:
+    """The images that a run has kept; None if they are not on this machine."""
+    path = home() / "runs" / job_id / IMAGES
+    return safetensors.numpy.load_file(path) if path.is_file() else None
 
 
 def lease_is_stale(path: Path) -> bool:

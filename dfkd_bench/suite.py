@@ -66,32 +66,49 @@ def defaults() -> dict[str, Any]:
 
 def suite_names() -> tuple[str, ...]:
     """The built-in suites."""
-    folder = importlib.resources.files("dfkd_bench.benchmarks")
-    stems = (Path(entry.name) for entry in folder.iterdir())
-    return tuple(
-        sorted(path.stem for path in stems if path.suffix == ".toml" and path.stem not in ("defaults", "equal"))
-    )
+    return tuple(name for name, content in _built_in().items() if not is_ablation(content))
+
+
+def ablation_names() -> tuple[str, ...]:
+    """The built-in ablations (``dfkd_bench.ablation``)."""
+    return tuple(name for name, content in _built_in().items() if is_ablation(content))
+
+
+def is_ablation(content: Mapping[str, Any]) -> bool:
+    """Whether a TOML file's content is an ablation and no suite: it has rows."""
+    return "rows" in content
+
+
+@cache
+def _built_in() -> Mapping[str, dict[str, Any]]:
+    """Name -> content of the TOML files in ``benchmarks/`` that are suites or ablations, by name."""
+    files = importlib.resources.files("dfkd_bench.benchmarks").iterdir()
+    texts = {Path(file.name).stem: file.read_text(encoding="utf-8") for file in files if file.name.endswith(".toml")}
+    return {name: tomllib.loads(texts[name]) for name in sorted(texts) if name not in ("defaults", "equal")}
+
+
+def read_toml(name_or_file: str) -> tuple[str, dict[str, Any]]:
+    """Name and content of a built-in suite or ablation, or of any TOML file."""
+    path = Path(name_or_file)
+    if path.suffix != ".toml":
+        if name_or_file not in _built_in():
+            raise unknown("suite", name_or_file, _built_in(), "Any TOML file can be given, too")
+        return name_or_file, _built_in()[name_or_file]
+    if not path.is_file():
+        raise UserError(f"there is no suite file {path}")
+    try:
+        return path.stem, tomllib.loads(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError:
+        raise UserError(f"suite file {path} is no UTF-8 text") from None
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"suite {path.stem}: {error}") from None
 
 
 def read_suite(name_or_file: str) -> Suite:
     """A built-in suite by name, or any TOML file."""
-    path = Path(name_or_file)
-    if path.suffix == ".toml":
-        if not path.is_file():
-            raise UserError(f"there is no suite file {path}")
-        try:
-            text, name = path.read_text(encoding="utf-8"), path.stem
-        except UnicodeDecodeError:
-            raise UserError(f"suite file {path} is no UTF-8 text") from None
-    elif name_or_file in suite_names():
-        resource = importlib.resources.files("dfkd_bench.benchmarks").joinpath(f"{name_or_file}.toml")
-        text, name = resource.read_text(encoding="utf-8"), name_or_file
-    else:
-        raise unknown("suite", name_or_file, suite_names(), "Any TOML file can be given, too")
-    try:
-        content = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise UserError(f"suite {name}: {error}") from None
+    name, content = read_toml(name_or_file)
+    if is_ablation(content):
+        raise UserError(f"{name} is an ablation and no suite: `dfkd-bench ablate {name_or_file}` runs it")
     for key in content:
         if key not in _File.model_fields:
             raise unknown(f"key of suite {name}", key, _File.model_fields)

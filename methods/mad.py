@@ -244,6 +244,6 @@ Mad.smoke = {
         schedule=Schedule(epochs=20, rounds_per_epoch=6, student_steps=5, batch_size=128, lr=0.1, lr_min=2e-4),
         config={"synthesis_batch_size": 128, "generator_width": 32, "generator_steps": 5},
         origin="ours",
-        source="not tuned yet: first guess on digits, generator steps as for dfq (docs/methods/mad.md)",
+        source="results/trials/digits.json: eight trials on the validation split",
     ),
 }

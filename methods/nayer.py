@@ -36,8 +36,8 @@ from dfkd_bench.augment import random_crop_flip
 from dfkd_bench.generators import ConvBody, DeepConvBody
 from dfkd_bench.losses import cross_entropy, masked_adversarial
 from dfkd_bench.method import Method, MethodConfig, Progress, Published, Schedule, Synthesis, Task
+from dfkd_bench.prompts import names_classes
 from dfkd_bench.statistics import BatchNormMatcher
-from dfkd_bench.text import template
 
 CARD = {
     "title": "NAYER: noisy-layer generation from label-text embeddings",
@@ -54,7 +54,7 @@ LARGE = 128  # pixels: from here on the released ladder for large images is used
 class NayerConfig(MethodConfig):
     """Defaults: the released script for CIFAR-100 (scripts/nayer_100.sh, datafree_kd.py)."""
 
-    encoder: str = Field("clip", description="text encoder: clip, sbert, onehot, random[:WIDTH], file:PATH")
+    encoder: str = Field("clip", description="text encoder: clip, sbert, doc2vec, onehot, ... (docs/text_encoders.md)")
     prompt: str = Field("a image of {name}", description="prompt; fields {name} and {index}")
     synthesis_batch_size: int = Field(400, ge=2, le=100_000, description="images a synthesised batch (script)")
     generator_steps: int = Field(40, ge=1, le=100_000, description="generator steps a batch; `g_steps` (script)")
@@ -315,7 +315,7 @@ class Nayer(Method):
     def outside_knowledge(cls, config: NayerConfig) -> str | None:
         if config.input == "noise" or config.encoder.partition(":")[0] in ("onehot", "random"):
             return "none"
-        return None if "{name" in template(config.prompt) else "a text encoder (index prompt)"
+        return None if names_classes(config.prompt) else "a text encoder (index prompt)"
 
 
 def balanced_labels(size: int, classes: int, rng: torch.Generator, device: torch.device) -> Tensor:

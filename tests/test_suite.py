@@ -96,7 +96,7 @@ def test_a_number_without_end_is_refused_like_any_other_text() -> None:
 @pytest.mark.parametrize("name", suite.suite_names())
 def test_every_built_in_suite_becomes_jobs(name: str) -> None:
     chosen = with_all(read_suite(name), FOUND)
-    rows = len(CONTROLS) + len(chosen.methods)
+    rows = len(chosen.controls) + len(chosen.methods)
     assert len(jobs_of(chosen)) == rows * len(chosen.pairs) * len(chosen.seeds)
 
 

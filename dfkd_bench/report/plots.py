@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -11,9 +12,11 @@ from typing import TYPE_CHECKING, Any
 from dfkd_bench.errors import UserError
 from dfkd_bench.record import Record
 from dfkd_bench.report.groups import Group, group
+from dfkd_bench.report.statistics import interval
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 SIZE = (3.5, 2.9)
 """Inches: one column of a two-column paper."""
@@ -85,28 +88,150 @@ def accuracy_against_time(
     Raises:
         UserError: another suffix, no curve to draw, or records that can't be compared.
     """
-    if path.suffix not in FORMATS:
-        raise UserError(f"can't draw '{path.name}': expected a name that ends in {', '.join(FORMATS)}")
     curves = [(one, band(runs)) for one in group(records, method_order) if (runs := _with_curve(one))]
     if not curves:
         raise UserError("no finished run has a curve: nothing to draw; see the table for the reasons")
-
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=SIZE, layout="constrained")
+    with new_figure(path, SIZE) as figure:
         axes = figure.add_subplot()
         _draw(axes, curves)
         _draw_teacher(axes, records)
         if title:
             axes.set_title(title, loc="left")
         figure.legend(loc="outside lower center", ncols=3, frameon=False, columnspacing=1.2, handlelength=2.2)
+    return path
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One quantity of all rows: ``values`` of a row's seeds by its label; a row without any is said to be missing."""
+
+    xlabel: str
+    values: Mapping[str, Sequence[float]]
+    reference: float | None = None  # a dashed line across, such as the teacher's accuracy
+
+
+def dots(labels: Sequence[str], panels: Sequence[Panel], path: Path, title: str = "") -> Path:
+    """Draw a line a row: the mean in its Student-t 95 % interval, each seed a faint dot below.
+
+    Args:
+        labels: the rows, from the top.
+        panels: side by side, one to three.
+        path: ends in .png (200 dpi), .pdf or .svg; its folder is made.
+        title: above the panels, none if empty.
+
+    Returns:
+        ``path``.
+
+    Raises:
+        UserError: another suffix, or nothing to draw.
+    """
+    if not any(values for panel in panels for values in panel.values.values()):
+        raise UserError("no finished run: nothing to draw; see the table for the reasons")
+    size = (SIZE[0] + 1.6 * (len(panels) - 1), 0.9 + 0.2 * max(3, len(labels)))
+    with new_figure(path, size) as figure:
+        every = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+        for axes, panel, colour in zip(every, panels, _COLOURS, strict=False):
+            _draw_dots(axes, labels, panel, colour)
+        every[0].set_yticks(range(len(labels)), labels)
+        every[0].set_ylim(len(labels) - 0.5, -0.5)
+        if title:
+            figure.suptitle(title, fontsize=_STYLE["axes.titlesize"], x=0.01, ha="left")
+    return path
+
+
+def _draw_dots(axes: Axes, labels: Sequence[str], panel: Panel, colour: str) -> None:
+    for place, label in enumerate(labels):
+        values = panel.values.get(label, ())
+        if not values:
+            axes.text(0.02, place, "no value", transform=axes.get_yaxis_transform(), va="center", color=_GREYS[1])
+            continue
+        found = interval(values)
+        axes.plot(values, [place + 0.25] * len(values), "o", color=colour, alpha=0.4, markersize=3, markeredgewidth=0)
+        axes.errorbar(
+            found.mean, place, xerr=found.half_width, fmt="o", color=colour, markersize=4.5, capsize=2.5, linewidth=1.2
+        )
+    if panel.reference is not None:
+        axes.axvline(panel.reference, color="black", linestyle=(0, (4, 2)), linewidth=0.8, zorder=1)
+    axes.set_xlabel(panel.xlabel)
+    axes.grid(True, color="#e5e5e5", linewidth=0.5)
+    axes.set_axisbelow(True)
+    axes.tick_params(axis="y", length=0)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+
+
+def sweep(
+    curves: Mapping[str, Mapping[float, Sequence[float]]],
+    path: Path,
+    xlabel: str,
+    ylabel: str,
+    title: str = "",
+    teacher: float | None = None,
+) -> Path:
+    """Draw accuracy against a setting: a line a curve (mean over seeds) in a band from lowest to highest seed.
+
+    Args:
+        curves: label -> setting -> accuracies [%], one a seed; settings without any are left out.
+        path: ends in .png (200 dpi), .pdf or .svg; its folder is made.
+        xlabel: the setting; its axis is logarithmic where it spans a factor of ten.
+        ylabel: the accuracy.
+        title: above the axes, none if empty.
+        teacher: its accuracy [%], a dashed line across.
+
+    Returns:
+        ``path``.
+
+    Raises:
+        UserError: another suffix, or nothing to draw.
+    """
+    settings = sorted({setting for curve in curves.values() for setting, values in curve.items() if values})
+    if not settings:
+        raise UserError("no finished run: nothing to draw; see the table for the reasons")
+    with new_figure(path, SIZE) as figure:
+        axes = figure.add_subplot()
+        for index, (label, curve) in enumerate(curves.items()):
+            colour = _COLOURS[index % len(_COLOURS)]
+            found = sorted((setting, values) for setting, values in curve.items() if values)
+            if not found:
+                continue
+            at = [setting for setting, _ in found]
+            low, high = [min(values) for _, values in found], [max(values) for _, values in found]
+            axes.fill_between(at, low, high, color=colour, alpha=0.2, linewidth=0, zorder=3)
+            axes.plot(
+                at, [fmean(values) for _, values in found], "o-", color=colour, markersize=3, label=label, zorder=5
+            )
+        if teacher is not None:
+            axes.axhline(teacher, color="black", linestyle=(0, (4, 2)), linewidth=0.8, label="teacher", zorder=1)
+        if settings[-1] >= 10 * settings[0] > 0:
+            axes.set_xscale("log")
+        axes.set_xticks(settings, [f"{setting:g}" for setting in settings])
+        axes.minorticks_off()
+        axes.set_xlabel(xlabel)
+        axes.set_ylabel(ylabel)
+        axes.grid(True, color="#e5e5e5", linewidth=0.5)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+        if title:
+            axes.set_title(title, loc="left")
+        figure.legend(loc="outside lower center", ncols=3, frameon=False, columnspacing=1.2, handlelength=2.2)
+    return path
+
+
+@contextmanager
+def new_figure(path: Path, size: tuple[float, float]) -> Iterator[Figure]:
+    """A figure of ``size`` inches in the project's style, saved as ``path`` in the end."""
+    if path.suffix not in FORMATS:
+        raise UserError(f"can't draw '{path.name}': expected a name that ends in {', '.join(FORMATS)}")
+
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=size, layout="constrained")
+        yield figure
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(
             path, dpi=200, metadata={".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(path.suffix)
         )
-    return path
 
 
 def _with_curve(one: Group) -> list[Record]:

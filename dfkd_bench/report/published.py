@@ -89,7 +89,7 @@ def published(
             variant="" if row["method"] == names[0] else row["method"],
             caution=CAUTIONS.get((row["table_id"], row["method"]), ""),
         )
-        for row in _rows()
+        for row in rows()
         if row["method"] in names
         and (row["dataset"], row["teacher"], row["student"], row["metric"]) == (dataset, teacher, student, metric)
     )
@@ -114,6 +114,6 @@ def _rank(value: PublishedValue) -> int:
 
 
 @cache
-def _rows() -> tuple[dict[str, str], ...]:
+def rows() -> tuple[dict[str, str], ...]:
     text = importlib.resources.files("dfkd_bench.benchmarks").joinpath("published.csv").read_text(encoding="utf-8")
     return tuple(csv.DictReader(text.splitlines()))

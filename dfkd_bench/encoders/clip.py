@@ -1,0 +1,90 @@
+"""``clip[:ARCH/WEIGHTS]``: open_clip's text features, not normalised as in NAYER (default ViT-B-32/openai, d = 512).
+
+WEIGHTS is a tag of open_clip's or a checkpoint on this machine. None are shipped.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+from dfkd_bench.encoders import NO_MODEL_NEEDED, Rows, TextEncoder, file_sha256
+from dfkd_bench.encoders._hub import short_wait, state_sha256
+from dfkd_bench.errors import UserError, unknown
+
+DEFAULT_MODEL = "ViT-B-32/openai"
+BATCH = 256  # texts at a time
+
+_CHECKPOINTS = (".pt", ".pth", ".bin", ".safetensors")
+
+
+class Clip(TextEncoder):
+    """The text tower; the image tower is loaded with it and not used."""
+
+    expected: ClassVar[str] = "'clip:ARCH/TAG' or 'clip:ARCH/CHECKPOINT', as in 'clip:ViT-B-32/openai'"
+    libraries: ClassVar[tuple[str, ...]] = ("open_clip_torch", "torch")
+
+    def __init__(self, name: str, argument: str = "") -> None:
+        super().__init__(name, argument)
+        self.architecture, _, self.source = (argument or DEFAULT_MODEL).partition("/")
+        if not self.architecture or not self.source:
+            raise UserError(f"text encoder '{self.spec}': expected {self.expected}")
+        checkpoint = Path(self.source).expanduser()
+        self.checkpoint = checkpoint if checkpoint.is_file() else None
+        means_file = "/" in self.source or self.source.startswith("~") or checkpoint.suffix in _CHECKPOINTS
+        if means_file and self.checkpoint is None:
+            raise UserError(f"text encoder '{self.spec}': there is no file {checkpoint}; expected {self.expected}")
+
+    @property
+    def model(self) -> str:
+        return f"{self.architecture}/{self.checkpoint.resolve().name if self.checkpoint else self.source}"
+
+    @property
+    def title(self) -> str:
+        return f"CLIP's weights '{self.architecture}/{self.source}' (not shipped)"
+
+    @property
+    def ways_out(self) -> str:
+        # OpenAI's weights want QuickGELU, which open_clip switches on by the tag only, not for a checkpoint by path
+        architecture = f"{self.architecture}-quickgelu" if self.source == "openai" else self.architecture
+        return (
+            f"Where they can be had, `dfkd-bench encode --encoder {self.spec} --dataset NAME --output FILE` makes the "
+            "embeddings; FILE, or any matrix [K, d], is given by `-s nayer.encoder=file:FILE`, a checkpoint on disk by "
+            f"`-s nayer.encoder=clip:{architecture}/CHECKPOINT`. {NO_MODEL_NEEDED}"
+        )
+
+    def weights(self) -> str | None:
+        return None if self.checkpoint is None else f"sha256:{file_sha256(self.checkpoint)}"
+
+    def encode(self, texts: Sequence[str]) -> tuple[Rows, str]:
+        revision = self.weights()
+        with short_wait(online=self.checkpoint is None):
+            import open_clip
+            import torch
+
+            tokens = open_clip.get_tokenizer(self._known_architecture())(list(texts))
+            with torch.inference_mode():
+                rows = torch.cat([self._loaded.encode_text(part) for part in tokens.split(BATCH)])
+            revision = revision or f"state-sha256:{state_sha256(self._loaded)}"
+        return rows.float().numpy(), revision
+
+    @functools.cached_property
+    def _loaded(self) -> Any:
+        import open_clip
+
+        tags = open_clip.list_pretrained_tags_by_model(self.architecture)
+        if self.checkpoint is None and self.source not in tags:
+            raise unknown(f"weights of {self.architecture}", self.source, tags)
+        weights = str(self.checkpoint or self.source)
+        return open_clip.create_model(self.architecture, pretrained=weights, device="cpu").eval()
+
+    def _known_architecture(self) -> str:
+        import open_clip
+
+        if self.architecture not in open_clip.list_models():
+            near = difflib.get_close_matches(self.architecture, open_clip.list_models(), n=5)
+            raise unknown("CLIP architecture", self.architecture, near, "`open_clip.list_models()` lists them all")
+        return self.architecture
