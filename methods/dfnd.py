@@ -170,7 +170,10 @@ Dfnd.search = {
     "lr": (0.05, 0.1, 0.2),
 }
 Dfnd.smoke = {
-    "digits": _ours({"pool": "glyphs16", "selected": 1.0}, "docs/methods/dfnd.md: four trials on the validation split"),
+    "digits": _ours(
+        {"pool": "glyphs16", "selected": 1.0, "noisy": 0.0, "temperature": 20.0},
+        "results/trials/digits.json: eight trials on the validation split",
+    ),
     "fashion_mnist": _ours({"pool": "digits"}),
     "glyphs16": _ours({"pool": "digits"}),
     "glyphs32": _ours({"pool": "digits"}),

@@ -218,6 +218,6 @@ MbDfkd.smoke = {
             "store_every": 1,
         },
         origin="ours",
-        source="docs/methods/mb_dfkd.md: the best of four trials on the validation split",
+        source="results/trials/digits.json: eight trials on the validation split",
     ),
 }
