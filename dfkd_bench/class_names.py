@@ -6,6 +6,7 @@ Everywhere: clean text, that is lower case with blanks for '_' and '-'. Where a 
 
 from __future__ import annotations
 
+import importlib.resources
 from pathlib import Path
 
 from dfkd_bench.errors import UserError
@@ -73,3 +74,9 @@ def tiny_imagenet(folder: Path) -> tuple[str, ...]:
         if wnid not in synonyms:
             raise UserError(f"{words} has no line for the class {wnid}: expected '{wnid}<tab>name, synonyms'")
     return tuple(clean(synonyms[wnid].split(",")[0]) for wnid in wnids)
+
+
+def shipped_tiny_imagenet() -> tuple[str, ...]:
+    """The same names from the list that is shipped with the embeddings, for machines without the data set."""
+    text = importlib.resources.files("dfkd_bench.embeddings").joinpath("tiny_imagenet.txt").read_text(encoding="utf-8")
+    return tuple(line.split("\t")[1] for line in text.splitlines())

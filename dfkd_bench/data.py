@@ -777,9 +777,14 @@ def _read_tiny_imagenet(data: DataSet, root: Path, part: Part) -> RawData:
 
 
 def _tiny_imagenet_names(root: Path) -> tuple[str, ...]:
+    """From the data set's own files; without them the shipped list of the same names."""
     data = _BUILT_IN["tiny_imagenet"]
-    _found(data, root, "tiny-imagenet-200/words.txt")
-    return class_names.tiny_imagenet(_found(data, root, "tiny-imagenet-200/wnids.txt").parent)
+    try:
+        _found(data, root, "tiny-imagenet-200/words.txt")
+        wnids = _found(data, root, "tiny-imagenet-200/wnids.txt")
+    except UserError:
+        return class_names.shipped_tiny_imagenet()
+    return class_names.tiny_imagenet(wnids.parent)
 
 
 # --- folder:PATH ------------------------------------------------------------------------------------------------------

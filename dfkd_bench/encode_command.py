@@ -232,7 +232,7 @@ def _safetensors(encoded: Encoded) -> bytes:
 
 
 def draw(encoded: Encoded, path: Path) -> None:
-    """The rows on their first two principal components, with the classes' names (up to ``LABELLED`` of them)."""
+    """The rows on their first two principal components, with the names of up to ``LABELLED`` classes."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -253,13 +253,17 @@ def draw(encoded: Encoded, path: Path) -> None:
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
         if count <= LABELLED:
-            figure.canvas.draw()  # fixes where the points are on the page
+            figure.draw_without_rendering()  # fixes where the points are on the page
             places = place_names(axes.transData.transform(points), [len(name) for name in encoded.class_names], signs)
             for name, point, place in zip(encoded.class_names, points, places, strict=True):
+                if place is None:
+                    continue
                 axes.annotate(
                     _plain(name), point, xytext=place, textcoords="offset points", fontsize=signs, color="#333333",
                     verticalalignment="center", zorder=4,
                 )  # fmt: skip
+            if None in places:
+                axes.set_title(f"without room: {places.count(None)} names", loc="right", color="#666666")
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(
             path, dpi=200, metadata={".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(path.suffix)
@@ -271,10 +275,11 @@ def _plain(name: str) -> str:
     return name.replace("$", r"\$")
 
 
-def place_names(points: NDArray[np.float64], lengths: Sequence[int], size: float) -> list[tuple[float, float]]:
+def place_names(points: NDArray[np.float64], lengths: Sequence[int], size: float) -> list[tuple[float, float] | None]:
     """Where names begin beside their points: offsets [points of 1/72 inch] of the middle of their left border.
 
-    Each name gets the first of eight places around its point where it covers the fewest points and earlier names.
+    Each name gets, of eight places around its point, the first that covers no earlier name and the fewest points; None
+    where there is no such place: a name that can't be read helps nobody.
 
     Args:
         points: [K, 2], in points of 1/72 inch.
@@ -283,19 +288,20 @@ def place_names(points: NDArray[np.float64], lengths: Sequence[int], size: float
     """
     gap, high = 0.5 * size, 1.1 * size
     marks = np.concatenate([points - 2, points + 2], axis=1)  # left, bottom, right, top
-    taken = np.empty((0, 4))
-    places = []
+    names = np.empty((0, 4))
+    places: list[tuple[float, float] | None] = []
     for index, ((across, up), length) in enumerate(zip(points, lengths, strict=True)):
         wide = 0.55 * size * length
         right, left, middle = gap, -gap - wide, -wide / 2
-        offsets = [(right, up_by) for up_by in (0.35 * high, -0.35 * high)] + [(middle, 0.9 * high)]
-        offsets += [(left, up_by) for up_by in (0.35 * high, -0.35 * high)] + [(middle, -0.9 * high)]
-        offsets += [(right, 0.9 * high), (right, -0.9 * high)]
+        offsets = [(right, 0.35 * high), (right, -0.35 * high), (middle, 0.9 * high), (left, 0.35 * high)]
+        offsets += [(left, -0.35 * high), (middle, -0.9 * high), (right, 0.9 * high), (right, -0.9 * high)]
         boxes = [(across + dx, up + dy - high / 2, across + dx + wide, up + dy + high / 2) for dx, dy in offsets]
-        others = np.concatenate([np.delete(marks, index, axis=0), taken])
-        best = min(range(len(boxes)), key=lambda place: _covered(boxes[place], others))
-        places.append(offsets[best])
-        taken = np.vstack([taken, boxes[best]])
+        free = [place for place, box in enumerate(boxes) if not _covered(box, names)]
+        others = np.delete(marks, index, axis=0)
+        best = min(free, key=lambda place: _covered(boxes[place], others), default=None)
+        places.append(None if best is None else offsets[best])
+        if best is not None:
+            names = np.vstack([names, boxes[best]])
     return places
 
 

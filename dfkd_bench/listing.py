@@ -90,10 +90,21 @@ def suites(_found: Plugins) -> RenderableType:
     return table
 
 
+def encoders(found: Plugins) -> RenderableType:
+    """Text encoders and how each is written."""
+    from dfkd_bench.encoders import encoder_names, encoder_title
+
+    table = _table("encoder", "what it is")
+    for name in (*encoder_names(), *sorted(found.encoders)):
+        table.add_row(name, encoder_title(name, found.encoders))
+    return table
+
+
 KINDS: Mapping[str, Callable[[Plugins], RenderableType]] = {
     "methods": methods,
     "datasets": datasets,
     "models": models,
+    "encoders": encoders,
     "suites": suites,
 }
 

@@ -147,7 +147,7 @@ def _needs_are_met(
     for index, (name, encoder, prompt) in enumerate(wanted):
         report(Step("embeddings", encoder, index, len(wanted)))
         try:
-            text.ensure(dataset.name, dataset.class_names, encoder, prompt)
+            text.ensure(dataset.name, dataset.class_names, encoder, prompt, found.encoders)
         except UserError as error:
             raise UserError(f"{name}: {error}") from None
 

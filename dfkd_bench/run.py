@@ -255,7 +255,7 @@ class _Run:
 
     def _label_embeddings(self, encoder: str, prompt: str) -> Tensor:
         with self.watch.runner():  # a matrix of the user's (file:PATH) is no data file that the method opened
-            loaded = text.load(self.dataset.name, self.dataset.class_names, encoder, prompt)
+            loaded = text.load(self.dataset.name, self.dataset.class_names, encoder, prompt, self.found.encoders)
         self.embeddings = loaded.facts()
         return torch.as_tensor(loaded.matrix, dtype=torch.float32, device=self.device)
 

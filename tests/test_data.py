@@ -453,6 +453,12 @@ def test_tiny_imagenet_labels_follow_the_sorted_ids(tiny_imagenet: DataSet) -> N
     assert test.images[:, 2, 63, 63].tolist() == [200, 100]
 
 
+def test_tiny_imagenet_has_its_names_without_its_files(home: Path) -> None:
+    names = dataset("tiny_imagenet", home / "nothing").class_names
+    assert len(names) == 200
+    assert names[:2] == ("goldfish", "european fire salamander")
+
+
 def test_tiny_imagenet_names_are_kept_with_the_prepared_files(
     tiny_imagenet: DataSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

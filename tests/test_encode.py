@@ -122,13 +122,20 @@ def test_same_rows_are_grouped() -> None:
 
 def test_names_in_the_figure_do_not_cover_each_other() -> None:
     points = np.array([[100, 100], [110, 101], [120, 99], [101, 92]], float)
-    places = place_names(points, [8, 8, 8, 8], 6)
+    places = [place for place in place_names(points, [8, 8, 8, 8], 6) if place]
+    assert len(places) == 4
     boxes = [
         (x + dx, y + dy - 3.3, x + dx + 26.4, y + dy + 3.3) for (x, y), (dx, dy) in zip(points, places, strict=True)
     ]
     for index, (left, bottom, right, top) in enumerate(boxes):
         for other in boxes[index + 1 :]:
             assert left >= other[2] or right <= other[0] or bottom >= other[3] or top <= other[1]
+
+
+def test_a_name_without_room_is_left_out() -> None:
+    places = place_names(np.full((30, 2), 100.0), [8] * 30, 6)
+    assert places[0] is not None
+    assert places[-1] is None
 
 
 # --- The command ------------------------------------------------------------------------------------------------------

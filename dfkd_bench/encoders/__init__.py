@@ -11,6 +11,7 @@ Making an encoder takes its argument apart and loads nothing: no library, no wei
 
 from __future__ import annotations
 
+import ast
 import functools
 import hashlib
 import inspect
@@ -107,6 +108,16 @@ class TextEncoder(Encoder, ABC):
 def encoder_names() -> tuple[str, ...]:
     """Names of the built-in encoders, sorted; none of their files is imported."""
     return tuple(sorted(path.stem for path in Path(__file__).parent.glob("[!_]*.py")))
+
+
+def encoder_title(name: str, extra: Mapping[str, Any] | None = None) -> str:
+    """One line on an encoder: how its file, or a plugin's class, begins. No built-in file is imported."""
+    path = Path(__file__).parent / f"{name}.py"
+    if path.is_file():
+        text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+    else:
+        text = (extra or {})[name].__doc__
+    return (text or "").strip().partition("\n")[0]
 
 
 def build_encoder(spec: str, extra: Mapping[str, Any] | None = None) -> Encoder:
