@@ -34,10 +34,13 @@ from dfkd_bench.suite import (
 DATASET = "digits"  # where the command line is silent
 NULL = "null"  # TOML has no null: this text stands for it in a row's settings
 
-Measure = Literal["accuracy", "accuracy_at_equal_seconds", "diversity", "epochs", "seconds", "noisy_layer_bytes"]
+Measure = Literal[
+    "accuracy", "accuracy_at_equal_seconds", "diversity", "coverage", "epochs", "seconds", "noisy_layer_bytes"
+]
 """``accuracy``: of the last epoch [%]. ``accuracy_at_equal_seconds``: of both curves when the shorter run ends.
-``diversity``: ``within`` of ``diversity.measure``, 1 is that of real images. ``epochs``: student epochs to a level.
-``seconds``: headline time to a level, or of the whole run without one. ``noisy_layer_bytes``: the record's scalar."""
+``diversity``: ``within`` of ``diversity.measure``, 1 is that of real images; ``coverage``: the share of real images
+with made ones near them. ``epochs``: student epochs to a level. ``seconds``: headline time to a level, or of the whole
+run without one. ``noisy_layer_bytes``: the record's scalar."""
 
 COSTS: tuple[Measure, ...] = ("epochs", "seconds", "noisy_layer_bytes")
 """Measures of which less is better."""

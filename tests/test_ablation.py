@@ -71,7 +71,7 @@ def run(
         "counters": Counters(images_made=800),
         "peak_memory": 2**28,
         "scalars": {"noisy_layer_bytes": noisy} if noisy is not None else {},
-        "diversity": {"within": 0.5},
+        "diversity": {"within": 0.5, "coverage": 0.5},
         "hardware": {"device": "cpu", "cpu": "Example CPU", "threads": 1, "workers": 1},
     }
     return Record(**(facts | changed))

@@ -23,6 +23,7 @@ UNITS: Mapping[Measure, str] = {
     "accuracy": "%",
     "accuracy_at_equal_seconds": "%",
     "diversity": "of real images",
+    "coverage": "of real images",
     "epochs": "epochs",
     "seconds": "s",
     "noisy_layer_bytes": "MB",
@@ -31,6 +32,7 @@ _NAMES: Mapping[Measure, str] = {
     "accuracy": "last-epoch accuracy",
     "accuracy_at_equal_seconds": "accuracy when the shorter of the two runs ends",
     "diversity": "diversity within classes",
+    "coverage": "coverage of the real images",
     "epochs": "student epochs",
     "seconds": "seconds",
     "noisy_layer_bytes": "memory of the noisy layers",
@@ -199,7 +201,8 @@ def _measure_columns(ablation: Ablation, results: Sequence[RowRecords]) -> Itera
     known = {
         (claim.measure, claim.level if isinstance(claim.level, float) else None): claim
         for claim in ablation.claims
-        if claim.measure in ("diversity", "epochs", "seconds", "noisy_layer_bytes") and claim.level != "weaker"
+        if claim.measure in ("diversity", "coverage", "epochs", "seconds", "noisy_layer_bytes")
+        and claim.level != "weaker"
     }
     for (measure, level), claim in known.items():
         if measure == "seconds" and level is None:  # is in the table
@@ -260,6 +263,11 @@ def _notes(
         yield "noisy MB: parameters of the noisy layers; gradients and Adam's state take three times as much again"
     if "diversity" in measures:
         yield "diversity: mean distance of images within classes, in the teacher's features, over that of real images"
+    if "coverage" in measures:
+        yield (
+            "coverage: share of held-out real images that have a made one nearer than their 5th nearest real one, "
+            "in the teacher's features"
+        )
     if any(one.published for one in rows) or any(claim.published for claim in ablation.claims):
         yield "published values are of other data sets, pairs or schedules: compare directions, not sizes"
     marks = "".join(row.marks for row in rows)

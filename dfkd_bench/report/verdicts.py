@@ -104,8 +104,9 @@ def measured(record: Record, measure: Measure, level: float | None = None) -> Me
     """A run's value of a measure that needs no other run. ``level``: accuracy [%]. None: the record doesn't have it."""
     if measure == "accuracy":
         return Measured(record.last.accuracy) if record.last else None
-    if measure in ("noisy_layer_bytes", "diversity"):
-        value = record.scalars.get(measure) if measure == "noisy_layer_bytes" else record.diversity.get("within")
+    if measure in ("noisy_layer_bytes", "diversity", "coverage"):
+        of_images = record.diversity.get({"diversity": "within"}.get(measure, measure))
+        value = record.scalars.get(measure) if measure == "noisy_layer_bytes" else of_images
         return None if value is None else Measured(value)
     if level is None:
         return Measured(record.total_seconds)
