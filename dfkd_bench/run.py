@@ -408,7 +408,8 @@ class _Run:
         view = diversity.OnePass(pool.images, pool.extras, stream)
         at = Progress(schedule.epochs - 1, schedule.rounds_per_epoch - 1, schedule.epochs, schedule.warmup_epochs)
         while True:
-            with self.watch.method(), self.compute.autocast():
+            # A batch may take gradients (a memory's latents are tuned), whatever the looker has switched off.
+            with self.watch.method(), self.compute.autocast(), torch.enable_grad():
                 batch = bench.method.student_batch(view, schedule.batch_size, at)
             yield batch.images
 

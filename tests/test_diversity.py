@@ -271,10 +271,11 @@ TINY = {
 }
 TINY |= {
     f"{name}.{setting}": value
-    for name in ("zskt", "real_kd", "scratch", "noise_kd")
+    for name in ("zskt", "pre_dfkd", "real_kd", "scratch", "noise_kd")
     for setting, value in {"epochs": 2, "warmup_epochs": 0, "student_steps": 2, "batch_size": 16}.items()
 }
 
+TINY |= {f"pre_dfkd.{name}": 8 for name in ("synthesis_batch_size", "latent_dim", "generator_width")}
 TINY |= {"zskt.synthesis_batch_size": 12, "zskt.latent_dim": 8, "zskt.generator_width": 4, "zskt.generator_steps": 1}
 
 
@@ -320,7 +321,7 @@ def test_a_run_records_what_its_pool_is_like(fresh: Callable[[str], None], tmp_p
     assert record.read(record.record_path(tmp_path, found.job)) == found
 
 
-@pytest.mark.parametrize("method", ["zskt", "noise_kd"])
+@pytest.mark.parametrize("method", ["zskt", "noise_kd", "pre_dfkd"])  # the last one tunes latents: it takes gradients
 def test_without_a_pool_further_student_batches_are_measured(
     method: str, fresh: Callable[[str], None], tmp_path: Path
 ) -> None:
