@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SIZE = (3.5, 2.9)
+WIDE = (7.0, 3.6)
+CROWDED = 8  # methods; with more, bands would hide the lines
 """Inches: one column of a two-column paper."""
 
 FORMATS = (".png", ".pdf", ".svg")
@@ -74,7 +76,8 @@ def accuracy_against_time(
     """Draw accuracy against headline time: a line a method (mean over seeds) in a band from lowest to highest seed.
 
     The teacher is a dashed line across, controls are grey. Time is logarithmic where methods differ tenfold.
-    Runs without an accuracy are in the table only.
+    Of many methods the range of the seeds is drawn at the end alone, and the legend stands in order of accuracy. Runs
+    without an accuracy are in the table only.
 
     Args:
         records: one protocol, data set, pair and teacher, as for a table.
@@ -91,13 +94,24 @@ def accuracy_against_time(
     curves = [(one, band(runs)) for one in group(records, method_order) if (runs := _with_curve(one))]
     if not curves:
         raise UserError("no finished run has a curve: nothing to draw; see the table for the reasons")
-    with new_figure(path, SIZE) as figure:
+    crowded = sum(not one.is_control for one, _ in curves) > CROWDED
+    with new_figure(path, WIDE if crowded else SIZE) as figure:
         axes = figure.add_subplot()
-        _draw(axes, curves)
+        _draw(axes, curves, crowded)
         _draw_teacher(axes, records)
         if title:
             axes.set_title(title, loc="left")
-        figure.legend(loc="outside lower center", ncols=3, frameon=False, columnspacing=1.2, handlelength=2.2)
+        if crowded:
+            ends = {one.label: curve.mean[-1] for one, curve in curves}
+            lines, names = axes.get_legend_handles_labels()
+            order = sorted(range(len(names)), key=lambda index: -ends.get(names[index], 101))
+            texts = [
+                f"{names[index]}  {ends[names[index]]:.1f}" if names[index] in ends else names[index] for index in order
+            ]
+            lines = [lines[index] for index in order]
+            figure.legend(lines, texts, loc="outside right upper", frameon=False, handlelength=2.2, labelspacing=0.35)
+        else:
+            figure.legend(loc="outside lower center", ncols=3, frameon=False, columnspacing=1.2, handlelength=2.2)
     return path
 
 
@@ -238,7 +252,7 @@ def _with_curve(one: Group) -> list[Record]:
     return [record for record in one.scored if record.curve]
 
 
-def _draw(axes: Axes, curves: Sequence[tuple[Group, Band]]) -> None:
+def _draw(axes: Axes, curves: Sequence[tuple[Group, Band]], crowded: bool) -> None:
     ends = [curve.seconds[-1] for _, curve in curves]
     factor, unit = next((factor, unit) for least, factor, unit in _UNITS if max(ends) >= least)
     ends_of_methods = [curve.seconds[-1] for one, curve in curves if not one.is_control] or ends
@@ -253,7 +267,10 @@ def _draw(axes: Axes, curves: Sequence[tuple[Group, Band]]) -> None:
             methods += 1
         times = [second / factor for second in curve.seconds]
         order = 2 if one.is_control else 3
-        axes.fill_between(times, curve.low, curve.high, color=colour, alpha=0.2, linewidth=0, zorder=order)
+        if crowded:
+            axes.vlines(times[-1], curve.low[-1], curve.high[-1], color=colour, linewidth=0.8, zorder=order)
+        else:
+            axes.fill_between(times, curve.low, curve.high, color=colour, alpha=0.2, linewidth=0, zorder=order)
         axes.plot(times, curve.mean, color=colour, linestyle=dash, linewidth=width, label=one.label, zorder=order + 2)
         axes.plot(times[-1], curve.mean[-1], "o", color=colour, markersize=3, zorder=order + 2)
     if max(ends_of_methods) > 10 * min(ends_of_methods):
