@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import random
 import sys
 from collections.abc import Sequence
@@ -40,8 +41,9 @@ FIRST_SEED = 100  # tables report seeds from 0
 
 
 def draw_trials(search: dict[str, Any], count: int, seed: int = 0) -> list[dict[str, Any]]:
-    """``count`` different settings: the present ones (nothing changed), then random draws."""
+    """``count`` different settings, or as many as there are: the present ones (nothing changed), then random draws."""
     stream = random.Random(seed)
+    count = min(count, 1 + math.prod(len(values) for values in search.values()))
     trials: list[dict[str, Any]] = [{}]
     while len(trials) < count:
         trial = {name: stream.choice(list(values)) for name, values in search.items()}
@@ -130,9 +132,10 @@ def tune(
     for method, search in searches.items():
         if not search:
             raise UserError(f"method {method} has no `search` space to draw trials from")
-    trials = [Trial(method, drawn) for method, search in searches.items() for drawn in draw_trials(search, count)]
     if protocol == "equal":
         trials = [Trial(method, {"lr": value}) for method in methods for value in searches[method]["lr"]]
+    else:
+        trials = [Trial(method, drawn) for method, search in searches.items() for drawn in draw_trials(search, count)]
     trials = run_trials(dataset, protocol, trials, seeds[:1], home, found)
     rank = {
         id(trial): place

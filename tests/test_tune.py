@@ -69,6 +69,10 @@ def test_trials_differ_and_are_the_same_at_every_call() -> None:
     assert all(drawn.count(trial) == 1 for trial in drawn)
 
 
+def test_a_small_space_is_drawn_to_its_end_and_no_further() -> None:
+    assert len(tune.draw_trials({"lr": (0.1, 0.2)}, 8)) == 3
+
+
 def test_every_trial_gets_the_first_seed_and_the_finalists_the_second(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, runs: Runs
 ) -> None:
