@@ -176,7 +176,7 @@ WRONG: dict[str, tuple[dict[str, str], set[str]]] = {
             "        return Batch(self.task.normalize(pool.draw(size)).repeat(2, 1, 1, 1))\n",
             IMPORTS: IMPORTS + "from dfkd_bench.method import Batch\n",
         },
-        {"student_batch_size"},
+        {"student_batch_size", "batch_rows_are_right"},
     ),
     "batches that are not normalised": (
         {
@@ -253,7 +253,7 @@ WRONG: dict[str, tuple[dict[str, str], set[str]]] = {
     ),
     "a default outside of its own bounds": (
         {"Field(0.5, ge=0": "Field(0.5, ge=1"},
-        {"config_json_round_trip", "two_epoch_run"},
+        {"config_json_round_trip", "generation_cost_is_counted", "two_epoch_run"},
     ),
 }
 

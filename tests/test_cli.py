@@ -243,6 +243,7 @@ def test_a_stopped_command_says_that_nothing_is_lost(
         ("methods", ["nayer", "fm", "scratch"]),
         ("datasets", ["digits", "cifar10", "folder:PATH"]),
         ("models", ["wrn40_2", "resnet34"]),
+        ("encoders", ["sbert", "clip", "doc2vec"]),
         ("suites", ["smoke_digits", "nayer_cifar10"]),
     ],
 )
@@ -253,7 +254,7 @@ def test_list(kind: str, names: list[str], command: Command) -> None:
 
 
 def test_every_kind_is_listed_here() -> None:
-    assert set(listing.KINDS) == {"methods", "datasets", "models", "suites"}
+    assert set(listing.KINDS) == {"methods", "datasets", "models", "encoders", "suites"}
 
 
 def test_a_broken_package_is_a_warning_only(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
