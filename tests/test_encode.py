@@ -292,6 +292,8 @@ def test_a_run_imports_no_text_model(home: Path, tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr(Sbert, "encode", lambda self, texts: (np.eye(len(texts), 6, dtype=np.float32), "made up"))
     text.ensure("digits", data.dataset("digits").class_names, "sbert", "an own {name}")
-    done = subprocess.run([sys.executable, "-c", RUN, str(tmp_path)], capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, str(tmp_path)], cwd=tmp_path, capture_output=True, text=True, timeout=300
+    )  # from elsewhere: in a checkout its sources would be imported in place of the installed package
     assert done.stderr == ""
     assert done.stdout.splitlines() == ["done sbert an own {name}", "done doc2vec {name}"]
