@@ -191,7 +191,8 @@ def main() -> None:
         known = json.loads(path.read_text()) if path.is_file() else {}
         record.write_text(path, json.dumps({**known, **new}, indent=1) + "\n")
     except UserError as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from dfkd_bench.record import Record
 from dfkd_bench.suite import (
     TEACHER,
     Suite,
+    defaults,
     expand,
     is_ablation,
     make_suite,
@@ -31,7 +32,6 @@ from dfkd_bench.suite import (
     read_toml,
 )
 
-DATASET = "digits"  # where the command line is silent
 NULL = "null"  # TOML has no null: this text stands for it in a row's settings
 
 Measure = Literal[
@@ -166,7 +166,9 @@ def read_ablation(
     for key in given:
         if key.partition(".")[0] not in owners:
             raise unknown(f"method in -s {key}:", key.partition(".")[0], owners)
-    cell = make_suite(name, file.title, dataset or DATASET, owners[:1], protocol, (pair,) if pair else None, ())
+    cell = make_suite(
+        name, file.title, dataset or defaults()["ablation_dataset"], owners[:1], protocol, (pair,) if pair else None, ()
+    )
     return Ablation(
         name=name,
         title=file.title,
