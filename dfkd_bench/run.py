@@ -29,6 +29,7 @@ from dfkd_bench.paths import home
 from dfkd_bench.pool import Pool
 from dfkd_bench.record import Counters, DataFile, MethodFacts, Outcome, Point, Record, Score, TeacherFacts
 from dfkd_bench.runfolder import RunFolder
+from dfkd_bench.teach import teaching
 from dfkd_bench.watch import FileWatch
 
 
@@ -156,6 +157,7 @@ class _Run:
             self.teacher = teachers.load(self.dataset, job.teacher, self.device, found.models)
             self.held_out = teachers.labelled(self.dataset, (job.evaluate_on,), place.data_root, self.device)
         self.compute.place(self.teacher.model)
+        self.teach = teaching(self.teacher.model, self.compute)
         self.embeddings: dict[str, str] = {}
         self.curve: list[Point] = []
         self.best: Score | None = None
@@ -239,7 +241,7 @@ class _Run:
 
         return Task(
             teacher=self.teacher.model,
-            teach=self._teach,
+            teach=self.teach,
             num_classes=self.dataset.num_classes,
             class_names=tuple(self.dataset.class_names),
             image_shape=self.dataset.image_shape,
@@ -258,12 +260,6 @@ class _Run:
             loaded = text.load(self.dataset.name, self.dataset.class_names, encoder, prompt, self.found.encoders)
         self.embeddings = loaded.facts()
         return torch.as_tensor(loaded.matrix, dtype=torch.float32, device=self.device)
-
-    @torch.no_grad()
-    def _teach(self, images: Tensor) -> Tensor:
-        with self.compute.autocast():
-            logits: Tensor = self.teacher.model(images)
-        return logits.float()
 
     def _unsupported(self, method_class: type[Method], config: Any, task: Task) -> str | None:
         has_batchnorm = any(isinstance(module, nn.BatchNorm2d) for module in self.teacher.model.modules())

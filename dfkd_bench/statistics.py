@@ -33,14 +33,49 @@ class _Moments(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
         rows, mean = ctx.saved_tensors
-        slope = gradients[1] * (2 / rows.shape[0])
-        offset = gradients[0] / rows.shape[0] - slope * mean
+        slope, offset = _line(gradients, mean, rows.shape[0])
         return (rows * slope).add_(offset).to(rows.dtype)
+
+
+class _FusedMoments(torch.autograd.Function):
+    """The same of a bf16 activation [n, c, h, w] on a CPU, three to four times faster: no temporary copy in fp32.
+
+    PyTorch's kernels for BatchNorm add up in fp32 and read the activation once a pass; in evaluation mode, with mean 0
+    and variance 1, they are the line a + b * x of the backward. For fp32 activations the two passes of ``_Moments`` are
+    more exact (5e-7 against 2e-5 of the mean over 131,072 rows), and the reference.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        mean, variance = torch.batch_norm_update_stats(x, *_neutral(x), 0.0)
+        ctx.save_for_backward(x, mean)
+        return mean, variance
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        x, mean = ctx.saved_tensors
+        slope, offset = _line(gradients, mean, x.numel() // x.shape[1])
+        return torch.native_batch_norm(x, slope, offset, *_neutral(x), False, 0.0, 0.0)[0]
+
+
+def _line(gradients: tuple[Tensor, ...], mean: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """b and a [c] of the gradient a + b * x, from the gradients of mean and variance [c]."""
+    slope = gradients[1] * (2 / rows)
+    return slope, gradients[0] / rows - slope * mean
+
+
+def _neutral(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean 0 and variance 1 of each channel, in fp32: BatchNorm's kernels keep statistics in their type."""
+    return torch.zeros(x.shape[1], device=x.device), torch.ones(x.shape[1], device=x.device)
 
 
 def batch_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance [c] over all dimensions of ``x`` [n, c, h, w] but the channels, in fp32 or better."""
-    moments: tuple[Tensor, Tensor] = _Moments.apply(x.permute(0, 2, 3, 1).reshape(-1, x.shape[1]))
+    moments: tuple[Tensor, Tensor]
+    if x.dtype == torch.bfloat16 and x.device.type == "cpu":
+        moments = _FusedMoments.apply(x)
+    else:
+        moments = _Moments.apply(x.permute(0, 2, 3, 1).reshape(-1, x.shape[1]))
     return moments
 
 

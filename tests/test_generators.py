@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dfkd_bench import generators
 from dfkd_bench.generators import ConvBody, DeepConvBody, Generator, LargeGenerator
 
 # Filled by ``fill``, train mode, z = sin(0.1 * arange) [4, 256], computed on the modules of zju-vipa/CMI: mean and
@@ -170,3 +172,50 @@ def test_every_parameter_gets_a_gradient() -> None:
     generator = Generator(8, (1, 8, 8), 4)
     generator(torch.randn(4, 8)).square().sum().backward()
     assert [key for key, p in generator.named_parameters() if p.grad is None] == []
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_merged_kernel_is_the_convolution_of_the_up_sampled_map(bias: bool) -> None:
+    torch.manual_seed(0)
+    conv = nn.Conv2d(3, 5, 3, padding=1, bias=bias).double()
+    x = torch.randn(2, 3, 4, 6, dtype=torch.float64)
+    merged = F.conv_transpose2d(x, generators._merged(conv.weight), conv.bias, stride=2, padding=1)
+    torch.testing.assert_close(merged, conv(F.interpolate(x, scale_factor=2.0)), rtol=1e-12, atol=1e-12)
+
+
+def test_bf16_takes_the_merged_kernel_and_its_gradients_are_those_of_fp32() -> None:
+    torch.manual_seed(0)
+    conv = nn.Conv2d(8, 6, 3, padding=1, bias=False)
+    x = torch.randn(4, 8, 4, 4, requires_grad=True)
+    weights = torch.randn(4, 6, 8, 8)
+    plain = torch.autograd.grad((generators.upsampled_conv(x, conv) * weights).sum(), (x, conv.weight))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        images = generators.upsampled_conv(x, conv)
+        assert type(images.grad_fn).__name__ == "ConvolutionBackward0"
+        assert images.dtype == torch.bfloat16
+        fast = torch.autograd.grad((images * weights).sum(), (x, conv.weight))
+    for wanted, got in zip(plain, fast, strict=True):
+        assert F.cosine_similarity(wanted.flatten(), got.flatten(), dim=0) > 0.9999
+
+
+def test_fp32_keeps_the_written_order_of_layers() -> None:
+    torch.manual_seed(0)
+    conv = nn.Conv2d(8, 6, 3, padding=1, bias=False)
+    x = torch.randn(4, 8, 4, 4)
+    assert torch.equal(generators.upsampled_conv(x, conv), conv(F.interpolate(x, scale_factor=2.0)))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_in_bf16_activations_and_gradients_stay_channels_last(channels: int) -> None:
+    body = ConvBody((channels, 16, 16), width=8).to(memory_format=torch.channels_last)
+    seen: list[torch.Tensor] = []
+
+    def watch(_norm: nn.Module, inputs: tuple[torch.Tensor]) -> None:
+        seen.append(inputs[0].detach())
+        inputs[0].register_hook(seen.append)
+
+    body.stages[1].norm.register_forward_pre_hook(watch)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        images = body(torch.randn(4, body.in_features))
+    (images * torch.randn(images.shape)).sum().backward()
+    assert [x.is_contiguous(memory_format=torch.channels_last) for x in seen] == [True, True]

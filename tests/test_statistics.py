@@ -60,6 +60,32 @@ def test_moments_and_their_gradient_do_not_depend_on_the_layout(memory_format: t
     assert torch.autograd.gradcheck(batch_moments, (x,))
 
 
+def bf16_activation(*shape: int) -> Tensor:
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 0.5 + 2
+    return x.bfloat16().contiguous(memory_format=torch.channels_last)
+
+
+def test_bf16_moments_are_added_up_in_fp32() -> None:
+    x = bf16_activation(64, 8, 16, 16)
+    variance, mean = torch.var_mean(x.double(), dim=(0, 2, 3), correction=0)
+    got = batch_moments(x)
+    assert got[0].dtype == got[1].dtype == torch.float32
+    torch.testing.assert_close(got, (mean.float(), variance.float()), rtol=2e-5, atol=2e-5)  # bf16 alone: 4e-3
+
+
+def test_the_gradient_of_bf16_moments_is_the_plain_one_rounded() -> None:
+    x = bf16_activation(8, 4, 6, 6).requires_grad_()
+    exact = x.detach().double().requires_grad_()
+    weights = torch.tensor([0.3, -1.0, 2.0, 0.1]), torch.tensor([1.0, 0.5, -2.0, 3.0])
+    for each in (x, exact):
+        mean, variance = batch_moments(each)
+        (mean * weights[0] + variance * weights[1]).sum().backward()
+    assert x.grad is not None
+    assert exact.grad is not None
+    assert x.grad.dtype == torch.bfloat16
+    torch.testing.assert_close(x.grad.double(), exact.grad, rtol=2**-7, atol=1e-6)
+
+
 def test_the_first_update_copies_and_the_second_decays(teacher: nn.Module) -> None:
     matcher = BatchNormMatcher(teacher, 0.9)
     remember(matcher, teacher, X1)

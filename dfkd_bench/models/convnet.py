@@ -38,8 +38,8 @@ class ConvNet(nn.Module):
 
     def features(self, images: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Logits [b, K], pooled features [b, 4w] and the outputs of the three stages (after ReLU, before pooling)."""
-        first = F.relu(self.bn1(self.conv1(images)))
-        second = F.relu(self.bn2(self.conv2(F.max_pool2d(first, 2))))
-        third = F.relu(self.bn3(self.conv3(F.max_pool2d(second, 2))))
+        first = F.relu(self.bn1(self.conv1(images)), inplace=True)
+        second = F.relu(self.bn2(self.conv2(F.max_pool2d(first, 2))), inplace=True)
+        third = F.relu(self.bn3(self.conv3(F.max_pool2d(second, 2))), inplace=True)
         pooled = F.adaptive_avg_pool2d(third, 1).flatten(1)
         return self.classifier(pooled), pooled, [first, second, third]

@@ -54,7 +54,7 @@ class VGG(nn.Module):
         x = images
         stages = []
         for block, pool in zip(blocks, pooled_after, strict=True):
-            out = F.relu(block(x))
+            out = F.relu(block(x), inplace=True)
             stages.append(out)
             x = F.max_pool2d(out, 2) if pool and min(out.shape[2:]) > 1 else out
         pooled = F.adaptive_avg_pool2d(x, 1).flatten(1)
@@ -66,6 +66,6 @@ def _block(inputs: int, width: int, depth: int) -> nn.Sequential:
     layers: list[nn.Module] = []
     for index in range(depth):
         if index:
-            layers.append(nn.ReLU())
+            layers.append(nn.ReLU(inplace=True))
         layers += [nn.Conv2d(width if index else inputs, width, 3, padding=1), nn.BatchNorm2d(width)]
     return nn.Sequential(*layers)

@@ -34,9 +34,9 @@ class Block(nn.Module):
         self.convShortcut = None if inputs == outputs else nn.Conv2d(inputs, outputs, 1, stride, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        activated = F.relu(self.bn1(x))
+        activated = F.relu(self.bn1(x), inplace=True)
         shortcut = x if self.convShortcut is None else self.convShortcut(activated)
-        return shortcut + self.conv2(F.relu(self.bn2(self.conv1(activated))))
+        return shortcut + self.conv2(F.relu(self.bn2(self.conv1(activated)), inplace=True))
 
 
 class Group(nn.Module):
@@ -88,5 +88,5 @@ class WideResNet(nn.Module):
         for group in (self.block1, self.block2, self.block3):
             x = group(x)
             stages.append(x)
-        pooled = F.adaptive_avg_pool2d(F.relu(self.bn1(x)), 1).flatten(1)
+        pooled = F.adaptive_avg_pool2d(F.relu(self.bn1(x), inplace=True), 1).flatten(1)
         return self.fc(pooled), pooled, stages
