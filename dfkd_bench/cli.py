@@ -405,6 +405,36 @@ def describe(
     out.print(listing.describe(found.source(method), found.method(method)))
 
 
+@app.command()
+def speed(
+    method: Annotated[str | None, typer.Option("--method", "-m", help="Default: the one with plain forms.")] = None,
+    pair: Annotated[str, typer.Option("--pair", help="TEACHER:STUDENT.")] = "wrn40_2:wrn16_1",
+    batch: Annotated[int, typer.Option(help="Images a student step.")] = 128,
+    synthesis_batch: Annotated[int, typer.Option(help="Images a generator step.")] = 128,
+    side: Annotated[int, typer.Option(help="Height and width of the images.")] = 32,
+    classes: Annotated[int, typer.Option(help="Classes.")] = 10,
+    channels: Annotated[int, typer.Option(help="1 or 3.")] = 3,
+    device: Device = "auto",
+    precision: PrecisionName = "auto",
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of torch; default: one a core.")] = None,
+    steps: Annotated[int, typer.Option(help="Generator steps a batch, student steps a phase.")] = 5,
+    repeat: Annotated[int, typer.Option(help="Repeats; medians count.")] = 5,
+    plugin: PluginFiles = None,
+    output: Output = DEFAULT_OUTPUT,
+) -> None:
+    """Time the steps of a run here, beside plain PyTorch and the released code's manner. Needs no data."""
+    from dfkd_bench.compute import cores_at_hand
+    from dfkd_bench.speed import measure, report
+
+    asked = measure.Question(
+        method or measure.METHOD, pair, batch, synthesis_batch, side, classes, channels, steps, repeat
+    )
+    found = measure.measure(asked, _plugins(plugin), device, _precision(precision), threads or cores_at_hand())
+    out.print(report.render(found))
+    kept, figure = report.write(found, output)
+    _plain(f"\nnumbers: {kept}\nfigure:  {figure}")
+
+
 # -- label-text embeddings ------------------------------------------------------------------------------------------
 
 

@@ -1,0 +1,395 @@
+"""The measuring tool: the plain form computes what the method computes, figures are right, wrong input is one line."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from dfkd_bench import plugins
+from dfkd_bench.benchmarks import speed as command
+from dfkd_bench.errors import UserError
+from dfkd_bench.method import Batch, Method, Progress, Schedule, Task
+from dfkd_bench.optimise import build_optimizer
+from dfkd_bench.speed import bench, measure, peak, plain, profiling, released_manner, report, timing, values
+from dfkd_bench.speed.values import Machine, Peak
+
+CPU = torch.device("cpu")
+FOUND = plugins.discover()
+SCHEDULE = Schedule(epochs=10, student_steps=2, batch_size=8, lr=0.05)
+SETTINGS = {"encoder": "random:16", "synthesis_batch_size": 12, "generator_steps": 3, "loops": 1}
+SETTINGS |= {"noisy_width": 8, "generator_width": 4, "generator_life": None}
+AT = Progress(epoch=1, round=0, epochs=10, warmup_epochs=0)
+
+# --- The plain form ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def still_task(make_task: Callable[..., Task]) -> Task:
+    """Nothing in it is cropped or flipped: the two forms would draw other numbers. 12 images are whole blocks of 4."""
+    return make_task(classes=4, crop_padding=0, flip_keeps_class=False)
+
+
+@pytest.fixture
+def forms(still_task: Task, make_student: Callable[..., nn.Module]) -> tuple[Method, plain.Plain, nn.Module]:
+    """The method, the plain form with the same weights, and the method's student, which starts as the plain form's."""
+    torch.manual_seed(0)
+    method_class = FOUND.method(plain.METHOD)
+    method: Any = method_class(method_class.Config(**SETTINGS), still_task)
+    method.generator.noisy.reinitialize = lambda: None  # noisy layers are drawn here, once for both
+    student = make_student(classes=4)
+    form = plain.Plain(method.config, SCHEDULE, still_task, copy.deepcopy(still_task.teacher), copy.deepcopy(student))
+    copy_weights(method.generator, form.generator)
+    return method, form, student
+
+
+def copy_weights(source: Any, target: plain.PlainGenerator) -> None:
+    with torch.no_grad():
+        for layer, weight, bias in zip(target.noisy, source.noisy.weight, source.noisy.bias, strict=True):
+            assert isinstance(layer, nn.Linear)
+            layer.weight.copy_(weight)
+            layer.bias.copy_(bias)
+        target.norm.load_state_dict(source.norm.state_dict())
+        target.project.load_state_dict(source.project.state_dict())
+        for mine, its in zip(target.body.parameters(), source.body.parameters(), strict=True):
+            mine.copy_(its)
+
+
+def test_generator_steps_have_the_methods_loss_and_images(forms: Any) -> None:
+    """Three Adam steps a call; the second call has remembered statistics, too."""
+    method, form, student = forms
+    for _ in range(2):
+        made = method.synthesize(student, AT)
+        images, loss = form.synthesize(plain.keep_on_device, reinitialize=False)
+        torch.testing.assert_close(loss, made.scalars["synthesis_loss"], rtol=1e-4, atol=0)
+        torch.testing.assert_close(images, made.images, rtol=0, atol=2e-3)
+
+
+def test_the_generators_gradient_is_the_methods(forms: Any, still_task: Task) -> None:
+    method, form, student = forms
+    gradients: list[list[Tensor]] = []
+    for generator, step in (
+        (method.generator, lambda: method.synthesize(student, AT)),
+        (form.generator, lambda: form.synthesize(plain.keep_on_device, reinitialize=False)),
+    ):
+        step()
+        gradients.append([value.grad.clone() for value in generator.body.parameters()])
+    for its, mine in zip(*gradients, strict=True):
+        cosine = torch.cosine_similarity(its.flatten(), mine.flatten(), dim=0)
+        assert cosine > 0.999
+
+
+def test_student_steps_have_the_methods_loss(forms: Any) -> None:
+    method, form, student = forms
+    optimizer = build_optimizer(student.requires_grad_(True).parameters(), SCHEDULE)
+    student.train()
+    form.student.train().requires_grad_(True)
+    images = torch.randn(8, 1, 8, 8, generator=torch.Generator().manual_seed(3))
+    for _ in range(3):
+        loss = method.student_loss(student, Batch(images), AT)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        # At T = 20 the loss is a small difference of logarithms near each other: four of fp32's seven digits are left.
+        torch.testing.assert_close(form.student_step(images), loss.detach(), rtol=1e-3, atol=0)
+
+
+def test_no_hook_is_left_on_the_teacher_for_the_student_step(forms: Any) -> None:
+    _, form, _ = forms
+    form.synthesize(plain.keep_on_device)
+    assert [module for module in form.teacher.modules() if module._forward_hooks] == []
+
+
+def test_every_noisy_layer_is_drawn_anew(forms: Any) -> None:
+    _, form, _ = forms
+    before = [layer.weight.clone() for layer in form.generator.noisy]
+    form.generator.reinitialize()
+    assert not any(torch.equal(old, layer.weight) for old, layer in zip(before, form.generator.noisy, strict=True))
+
+
+def test_large_images_have_the_methods_other_ladder(make_task: Callable[..., Task]) -> None:
+    task = make_task((1, 128, 128))
+    method_class = FOUND.method(plain.METHOD)
+    method: Any = method_class(method_class.Config(**SETTINGS), task)
+    mine = plain.PlainGenerator((1, 128, 128), 5, 16, 12, 8, 4)
+    shapes = [tuple(value.shape) for value in mine.body.parameters()]
+    assert shapes == [tuple(value.shape) for value in method.generator.body.parameters()]
+
+
+def test_crops_and_flips_are_of_the_padded_image() -> None:
+    torch.manual_seed(0)
+    image = torch.arange(1.0, 10).view(1, 1, 3, 3)
+    padded = torch.nn.functional.pad(image, [1] * 4)
+    crops = [padded[0, :, top : top + 3, left : left + 3] for top in range(3) for left in range(3)]
+    possible = {tuple(way.flatten().tolist()) for crop in crops for way in (crop, crop.flip(2))}
+    seen = {tuple(one.flatten().tolist()) for one in plain.crop_flip(image.expand(500, 1, 3, 3), 1, True)}
+    assert seen == possible
+
+
+# --- The released manner ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("losses", [(3.0, 1.0, 2.0), (1.0, 2.0, 3.0), (3.0, 2.0, 1.0)])
+def test_host_and_device_keep_the_same_images(losses: tuple[float, ...]) -> None:
+    host = device = None
+    for loss in losses:
+        images = torch.full((2, 1, 2, 2), loss)
+        host = released_manner.keep_on_host(images, torch.tensor(loss), host)
+        device = plain.keep_on_device(images, torch.tensor(loss), device)
+    assert host is not None
+    assert device is not None
+    assert torch.equal(host[0], device[0])
+    assert host[1] == device[1].item() == 1.0
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_batches_are_the_written_images_truncated_and_normalised(
+    channels: int, make_task: Callable[..., Task], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(released_manner, "WORKERS", 0)
+    task = make_task((channels, 8, 8), crop_padding=0, flip_keeps_class=False)
+    value = 200.9 / 255  # 8 bits keep 200 of it
+    released_manner.ReleasedManner(object(), tmp_path, 4).write(torch.full((6, channels, 8, 8), value))  # type: ignore[arg-type]
+    batch = next(released_manner.loader(tmp_path, task, 4))
+    torch.testing.assert_close(batch, torch.full((4, channels, 8, 8), (200 / 255 - 0.5) / 0.25))
+
+
+# --- Figures ----------------------------------------------------------------------------------------------------------
+
+MACHINE = Machine(
+    peaks={
+        "fp32": Peak(matrix_product=1e9, convolution=2e9),
+        "bf16": Peak(matrix_product=8e9, convolution=4e9),
+    },
+    copy_bytes_per_second=1e9,
+)
+WORK = timing.Work(flop=4 * 10**8, moved=10**7)
+
+
+def test_work_of_a_matrix_product() -> None:
+    left, right = torch.zeros(5, 7), torch.zeros(7, 3)
+    assert timing.work_of(lambda: left @ right) == timing.Work(2 * 5 * 7 * 3, 5 * 7 + 7 * 3 + 5 * 3)
+
+
+def test_work_of_a_convolution_and_its_backward() -> None:
+    images, layer = torch.zeros(2, 3, 8, 8, requires_grad=True), nn.Conv2d(3, 4, 3, padding=1, bias=False)
+    forward = 2 * 2 * 4 * 64 * 3 * 9
+    assert timing.work_of(lambda: layer(images).sum().backward()).flop == 3 * forward
+
+
+def test_share_is_of_the_best_at_the_same_precision() -> None:
+    shares = [values.cell((0.25,), 8, WORK, precision, MACHINE).share_of_peak for precision in ("fp32", "bf16")]
+    assert shares == [pytest.approx(0.8), pytest.approx(0.2)]
+
+
+def test_bound_is_the_larger_one() -> None:
+    """Arithmetic takes 0.2 s in fp32 and 0.05 s in bf16; a hundred million numbers take 0.4 s and 0.2 s."""
+    much = timing.Work(WORK.flop, 10**8)
+    shares = [
+        values.cell((1.0,), 8, work, p, MACHINE).share_of_bound for work in (WORK, much) for p in ("fp32", "bf16")
+    ]
+    assert shares == [pytest.approx(value) for value in (0.2, 0.05, 0.4, 0.2)]
+
+
+def test_the_better_of_two_measurements_of_the_machine_counts() -> None:
+    slow = Machine(peaks={"fp32": Peak(matrix_product=5e8, convolution=3e9)}, copy_bytes_per_second=2e9)
+    fast = Machine(peaks={"fp32": MACHINE.peaks["fp32"]}, copy_bytes_per_second=1e9)
+    best = Machine(peaks={"fp32": Peak(matrix_product=1e9, convolution=3e9)}, copy_bytes_per_second=2e9)
+    assert peak.best_of(slow, fast) == peak.best_of(fast, slow) == best
+
+
+def test_median_counts_and_images_go_by_it() -> None:
+    cell = values.cell((0.5, 0.1, 90.0), 8, WORK, "fp32", MACHINE)
+    assert (cell.seconds, cell.images_per_second, cell.flop_per_second) == (0.5, 16, 8e8)
+
+
+def test_ratios_are_of_the_medians() -> None:
+    def cell(*seconds: float) -> values.Cell:
+        return values.cell(seconds, 8, WORK, "fp32", MACHINE)
+
+    row = values.row("step", 8, WORK, cell(0.1, 0.2, 0.3), plain=cell(0.5, 9.0, 0.4))
+    assert row.faster_than_plain == pytest.approx(2.5)
+    assert row.faster_than_released is None
+
+
+def test_warm_up_is_not_timed() -> None:
+    calls: list[int] = []
+    assert len(timing.repeated(lambda: calls.append(1), CPU, 4)) == 4
+    assert len(calls) == 5
+
+
+def test_profile_is_of_one_step_and_its_shares_add_up(capfd: pytest.CaptureFixture[str]) -> None:
+    left = torch.randn(64, 64)
+    found = profiling.operators(lambda: [left @ left for _ in range(6)], CPU, 3, top=1000)
+    assert {one.name: one.calls for one in found}["aten::mm"] == 2
+    assert math.fsum(one.share for one in found) == pytest.approx(1)
+    assert capfd.readouterr().err == ""
+
+
+# --- Whole measurements -----------------------------------------------------------------------------------------------
+
+TINY = {"pair": "convnet8:convnet8", "batch": 4, "synthesis_batch": 4, "side": 8, "classes": 4, "channels": 1}
+TINY |= {"steps": 2, "repeat": 1}
+
+
+@pytest.fixture(scope="module")
+def small_machine() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(peak.SIDES, "cpu", 64)
+        patch.setitem(peak.CONVOLUTIONS, "cpu", (2, 8, 8))
+        patch.setitem(peak.COPIED, "cpu", 2**16)
+        patch.setitem(bench.EVALUATED, "cpu", 20)
+        patch.setattr(released_manner, "WORKERS", 0)
+        yield
+
+
+@pytest.fixture(scope="module")
+def measured(small_machine: None) -> values.Speed:
+    return measure.measure(measure.Question(plain.METHOD, **TINY), FOUND, "cpu", "bf16")  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def other(small_machine: None) -> values.Speed:
+    return measure.measure(measure.Question("fm", **TINY), FOUND, "cpu", "fp32")  # type: ignore[arg-type]
+
+
+def text_of(speed: values.Speed) -> list[str]:
+    file = io.StringIO()
+    Console(file=file, width=140).print(report.render(speed))
+    return file.getvalue().splitlines()
+
+
+def test_every_step_is_there_in_all_its_forms(measured: values.Speed) -> None:
+    forms = {row.name: (row.plain is not None, row.released is not None) for row in measured.rows}
+    assert forms == {
+        "generator step": (True, True),
+        "student step": (True, False),
+        "student step with batch": (False, True),
+        "teacher's answers": (True, False),
+        "evaluation": (True, False),
+    }
+
+
+def test_only_ours_has_the_asked_precision(measured: values.Speed) -> None:
+    first = measured.rows[0]
+    assert first.plain is not None
+    assert (first.ours.precision, first.plain.precision) == ("bf16", "fp32")
+
+
+def test_another_method_has_dashes_for_other_forms(other: values.Speed) -> None:
+    _, line = [line for line in text_of(other) if line.startswith("generator step  ")]
+    assert line.split()[2:] == ["-"] * 6
+
+
+@pytest.mark.parametrize("step", [measure.GENERATOR, measure.STUDENT])
+def test_work_is_of_one_step_however_many_a_call_has(step: str, small_machine: None) -> None:
+    works = []
+    for steps in (1, 3):
+        with bench.temporary_home():
+            asked = measure.Question("fm", **(TINY | {"steps": steps}))  # type: ignore[arg-type]
+            works.append(measure._work(bench.Bench(asked, CPU, "fp32", 1, FOUND), None)[step])
+    assert works[0] == works[1]
+    assert works[0].flop > 0
+
+
+def test_generating_a_batch_is_no_part_of_the_student_step(small_machine: None) -> None:
+    """dafl keeps no pool: its generator makes each student batch when it is asked for."""
+    with bench.temporary_home():
+        asked = measure.Question("dafl", **TINY)  # type: ignore[arg-type]
+        built = bench.Bench(asked, CPU, "fp32", 1, FOUND)
+        works = measure._work(built, None)
+        made = timing.work_of(built.sampling)
+    assert made.flop > 0
+    assert works[measure.LOADED].flop == works[measure.STUDENT].flop + made.flop
+
+
+def test_phases_of_an_epoch(measured: values.Speed) -> None:
+    assert list(measured.epoch) == ["synthesis", "sampling", "distillation", "evaluation", "other", "checkpoint"]
+    assert all(seconds >= 0 for seconds in measured.epoch.values())
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the system can't begin a new peak of memory")
+def test_peak_memory_is_of_each_form(measured: values.Speed) -> None:
+    assert list(measured.peak_memory) == ["plain", "released", "ours"]
+    assert all(size > 2**24 for size in measured.peak_memory.values())
+
+
+def test_json_comes_back_as_it_was(measured: values.Speed, tmp_path: Path) -> None:
+    path, figure = report.write(measured, tmp_path)
+    assert values.read(path) == measured
+    assert figure.read_bytes().startswith(b"\x89PNG")
+
+
+def test_json_names_the_hardware(measured: values.Speed) -> None:
+    kept = json.loads(measured.model_dump_json())
+    assert {"device", "cpu", "cores", "threads"} <= set(kept["hardware"])
+
+
+def test_a_damaged_file_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "broken.json"
+    path.write_text('{"method": 3}')
+    with pytest.raises(UserError, match=r"broken\.json is no measurement"):
+        values.read(path)
+
+
+def test_nothing_is_left_in_the_users_home(home: Path, small_machine: None) -> None:
+    with bench.temporary_home():
+        bench.Bench(measure.Question("fm", **TINY), CPU, "fp32", 1, FOUND)  # type: ignore[arg-type]
+    assert not home.exists()
+
+
+# --- The commands -----------------------------------------------------------------------------------------------------
+
+
+def ended(
+    arguments: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> tuple[int, str, str]:
+    monkeypatch.setattr("sys.argv", ["speed"])
+    monkeypatch.setattr("dfkd_bench.cli.signal.signal", lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as stopped:
+        command.main(arguments)
+    written = capsys.readouterr()
+    assert isinstance(stopped.value.code, int)
+    return stopped.value.code, written.out, written.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--method", "nayr"], "unknown method 'nayr': did you mean 'nayer'?"),
+        (["--pair", "wrn40_2:wrn16_3"], "unknown model 'wrn16_3': did you mean 'wrn16_"),
+        (["--pair", "wrn40_2"], "expected TEACHER:STUDENT"),
+        (["--batch", "1"], "--batch 1: expected at least 2"),
+        (["--synthesis-batch", "1"], "--synthesis-batch 1: expected at least 2"),
+        (["--channels", "2"], "--channels 2: expected 1 or 3"),
+        (["--device", "cuda"], "this machine has 0 CUDA devices"),
+        (["--precision", "fp16"], "unknown precision 'fp16'"),
+        (["--repeats", "3"], "No such option: --repeats"),
+    ],
+)
+def test_wrong_input_is_one_line_and_exit_code_2(
+    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, out, err = ended(arguments, capsys, monkeypatch)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert words in err
+
+
+def test_the_command_prints_tables_and_writes_both_files(
+    small_machine: None, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = [part for name, value in TINY.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+    code, out, err = ended([*options, "--threads", "1", "--output", str(tmp_path)], capsys, monkeypatch)
+    assert (code, err) == (0, "")
+    assert "student step with batch" in out
+    assert sorted(path.suffix for path in (tmp_path / "speed").iterdir()) == [".json", ".png"]
