@@ -2,12 +2,12 @@
 
     python -m dfkd_bench.benchmarks.tune --dataset digits --methods nayer,fm --output results
 
-Trial 0 is the method's present setting; the others are drawn from its ``search`` space by a fixed seed. Runs have
-seeds from 100 up and are evaluated on the validation split, so that nothing is chosen on test data. All trials get the
-first seed; the ``--finalists`` best of each method get the other seeds, too, and only they can be chosen. The trials go
-to ``OUTPUT/trials/<data set>.json``; the best one by mean last-epoch accuracy is printed, to be copied into the
-method's file by hand. Trials of earlier calls are kept for methods that are not named. Runs are kept below
-``OUTPUT/trials/.work``, so that a call that was stopped goes on where it was.
+Trial 0 is the method's present setting; the others are drawn from the rest of its ``search`` space by a fixed seed.
+Runs have seeds from 100 up and are evaluated on the validation split, so that nothing is chosen on test data. All
+trials get the first seed; the ``--finalists`` best of each method get the other seeds, too, and only they can be
+chosen. The trials go to ``OUTPUT/trials/<data set>.json``; the best one by mean last-epoch accuracy is printed, to be
+copied into the method's file by hand. Trials of earlier calls are kept for methods that are not named. Runs are kept
+below ``OUTPUT/trials/.work``, so that a call that was stopped goes on where it was.
 
 With ``--protocol equal`` only the learning rate is chosen, from the values of ``benchmarks/equal.toml``, the same for
 all methods; the trials go to ``OUTPUT/trials/<data set>_equal.json``, the winners into the methods' ``equal_lr``.
@@ -20,14 +20,14 @@ import json
 import math
 import random
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from dfkd_bench import equal, plugins, record
+from dfkd_bench import data, equal, plugins, record
 from dfkd_bench.engines.local import default_devices
 from dfkd_bench.errors import UserError
 from dfkd_bench.plan import Plan, carry_out, make_plan
@@ -35,21 +35,35 @@ from dfkd_bench.plugins import Plugins
 from dfkd_bench.progress import show
 from dfkd_bench.record import Record
 from dfkd_bench.run import Place
-from dfkd_bench.suite import ALL, all_methods, make_suite, parse_seeds, split_list
+from dfkd_bench.suite import ALL, all_methods, expand, make_suite, parse_seeds, split_list
 
 FIRST_SEED = 100  # tables report seeds from 0
 
 
-def draw_trials(search: dict[str, Any], count: int, seed: int = 0) -> list[dict[str, Any]]:
-    """``count`` different settings, or as many as there are: the present ones (nothing changed), then random draws."""
+def draw_trials(
+    search: Mapping[str, Sequence[Any]], present: Mapping[str, Any], count: int, seed: int = 0
+) -> list[dict[str, Any]]:
+    """``count`` different settings, or as many as there are: the present ones (nothing changed), then random draws.
+
+    ``present``: their values of the settings in ``search``, which are not drawn a second time.
+    """
     stream = random.Random(seed)
-    count = min(count, 1 + math.prod(len(values) for values in search.values()))
+    drawn_anyway = all(present[name] in values for name, values in search.items())
+    count = min(count, 1 + math.prod(len(values) for values in search.values()) - drawn_anyway)
     trials: list[dict[str, Any]] = [{}]
     while len(trials) < count:
         trial = {name: stream.choice(list(values)) for name, values in search.items()}
-        if trial not in trials:
+        if trial not in trials and trial != present:
             trials.append(trial)
     return trials
+
+
+def present_settings(dataset: str, protocol: str, method: str, names: Iterable[str], found: Plugins) -> dict[str, Any]:
+    """What the settings ``names``, the student's schedule included, are before anything is tried."""
+    suite = make_suite("present", "present", dataset, [method], controls=(), protocol=protocol)
+    job = expand(suite, found, data.dataset(dataset, extra=found.datasets), "cpu", "fp32")[0]
+    values = {**job.schedule.model_dump(mode="json"), **job.config}
+    return {name: values[name] for name in names}
 
 
 @dataclass(frozen=True)
@@ -135,7 +149,11 @@ def tune(
     if protocol == "equal":
         trials = [Trial(method, {"lr": value}) for method in methods for value in searches[method]["lr"]]
     else:
-        trials = [Trial(method, drawn) for method, search in searches.items() for drawn in draw_trials(search, count)]
+        trials = [
+            Trial(method, drawn)
+            for method, search in searches.items()
+            for drawn in draw_trials(search, present_settings(dataset, protocol, method, search, found), count)
+        ]
     trials = run_trials(dataset, protocol, trials, seeds[:1], home, found)
     rank = {
         id(trial): place

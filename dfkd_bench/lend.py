@@ -33,7 +33,7 @@ def pool(
     """
     other = known_pool(name, dataset, root, extra)
     if isinstance(other, Path):
-        return folder_images(other, dataset.image_shape).to(device)
+        return folder_images(other, dataset.image_shape, resize=True).to(device)
     images = other.split("train", root).images
     blocks = (torch.from_numpy(images[start : start + 1024].copy()) for start in range(0, len(images), 1024))
     return torch.cat([fit(block, dataset.image_shape) for block in blocks]).to(device)  # large images stay on disk
@@ -55,14 +55,20 @@ def known_pool(
 
 def image_files(folder: Path) -> list[Path]:
     """All images below ``folder`` in the order of their paths; none are a ``UserError``."""
+    if not folder.is_dir():
+        raise UserError(f"there is no folder {folder}")
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
     if not files:
         raise UserError(f"there are no images ({', '.join(sorted(IMAGE_SUFFIXES))}) below {folder}")
     return files
 
 
-def folder_images(folder: Path, shape: tuple[int, int, int]) -> Tensor:
-    """All images below ``folder`` in the order of their paths, uint8 [n, C, H, W]."""
+def folder_images(folder: Path, shape: tuple[int, int, int], resize: bool = False) -> Tensor:
+    """All images below ``folder`` in the order of their paths, uint8 [n, C, H, W].
+
+    Gray becomes colour and colour gray. An image of another height or width is resized, or else a ``UserError``: what
+    was made for the teacher has its size.
+    """
     from PIL import Image
     from torchvision.transforms.functional import pil_to_tensor
 
@@ -73,6 +79,12 @@ def folder_images(folder: Path, shape: tuple[int, int, int]) -> Tensor:
                 pixels = pil_to_tensor(image.convert("RGB" if shape[0] == 3 else "L"))
         except (OSError, ValueError) as error:
             raise UserError(f"{path} can't be read as an image ({error}): replace or remove it") from None
+        if not resize and pixels.shape[1:] != shape[1:]:
+            (height, width), (wanted_height, wanted_width) = pixels.shape[1:], shape[1:]
+            raise UserError(
+                f"{path} is {width} pixels wide and {height} high, the images of the data set {wanted_width} and "
+                f"{wanted_height}: name a folder of images made for it"
+            )
         images.append(fit(pixels.unsqueeze(0), shape))
     return torch.cat(images)
 

@@ -140,6 +140,12 @@ def _needs_are_met(
                     pool.split("train", root)
             except UserError as error:
                 raise UserError(f"{job.method}: {error}") from None
+        folder = job.config.get("initial_images") if "initial_images" in method.needs else None
+        if folder is not None:
+            try:
+                lend.folder_images(Path(folder), dataset.image_shape)
+            except UserError as error:
+                raise UserError(f"{job.method}: {error}") from None
         if method.reads_label_text(method.Config(**job.config)):
             if not {"encoder", "prompt"} <= job.config.keys():
                 raise UserError(f"method {job.method} needs label_text, but has no settings `encoder` and `prompt`")

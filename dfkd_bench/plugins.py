@@ -74,18 +74,40 @@ class Source:
 
     def source_sha256(self) -> str:
         """Hash of the source without comments, docstrings, layout and tables of settings: what could change the
-        result of a job. The settings themselves are in the job."""
+        result of a job. The settings themselves are in the job.
+
+        Modules of this package that hold parts of methods count with the file that imports them: those that import
+        the contract themselves, such as ``inversion``.
+        """
         if self.path is None:
             return ""
         tree = ast.parse(self.path.read_text(encoding="utf-8"))
-        tree.body = [node for node in tree.body if not _is_settings_table(node)]
-        for node in ast.walk(tree):
-            body = getattr(node, "body", None)
-            if isinstance(body, list) and body and isinstance(body[0], ast.Expr):
-                value = body[0].value
-                if isinstance(value, ast.Constant) and isinstance(value.value, str):
-                    body[0] = ast.Expr(ast.Constant(...))
-        return hashlib.sha256(ast.unparse(tree).encode()).hexdigest()
+        return hashlib.sha256("".join([_meaning(tree), *map(_meaning, _parts(tree))]).encode()).hexdigest()
+
+
+def _meaning(tree: ast.Module) -> str:
+    """The source without what can't change a result. ``tree`` is changed."""
+    tree.body = [node for node in tree.body if not _is_settings_table(node)]
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list) and body and isinstance(body[0], ast.Expr):
+            value = body[0].value
+            if isinstance(value, ast.Constant) and isinstance(value.value, str):
+                body[0] = ast.Expr(ast.Constant(...))
+    return ast.unparse(tree)
+
+
+def _parts(tree: ast.Module) -> list[ast.Module]:
+    """The modules of this package that ``tree`` imports and that import the contract, in the order of their names."""
+    files = [Path(__file__).parent / f"{name}.py" for name in sorted(_own_imports(tree) - {"method"})]
+    trees = [ast.parse(file.read_text(encoding="utf-8")) for file in files if file.is_file()]
+    return [part for part in trees if "method" in _own_imports(part)]
+
+
+def _own_imports(tree: ast.Module) -> set[str]:
+    """Names of the modules of this package that ``tree`` imports: ``from dfkd_bench.losses import ...``."""
+    names = [node.module or "" for node in tree.body if isinstance(node, ast.ImportFrom) and not node.level]
+    return {name.removeprefix("dfkd_bench.") for name in names if name.startswith("dfkd_bench.")}
 
 
 def _is_settings_table(node: ast.stmt) -> bool:

@@ -27,9 +27,9 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from dfkd_bench.augment import random_crop_flip
 from dfkd_bench.generators import ConvBody, DeepConvBody
-from dfkd_bench.losses import cross_entropy, kl_divergence, masked_adversarial, supervised_contrastive
+from dfkd_bench.inversion import invert
+from dfkd_bench.losses import kl_divergence, supervised_contrastive
 from dfkd_bench.method import Batch, Method, MethodConfig, PoolView, Progress, Published, Schedule, Synthesis, Task
 from dfkd_bench.prompts import names_classes
 from dfkd_bench.statistics import BatchNormMatcher
@@ -165,31 +165,13 @@ class CaeDfkd(Method):
 
     def _one_batch(self, student: nn.Module, adversarial: bool) -> tuple[Tensor, Tensor]:
         """The images of the step with the lowest loss, before that step's update, and that loss."""
-        task, config, generator = self.task, self.config, self.generator
+        task, config = self.task, self.config
         labels = balanced_labels(config.synthesis_batch_size, task.num_classes, task.rng, task.device)
         sources = torch.randint(config.noise_sources, labels.shape, device=task.device, generator=task.rng)
         diffused = self._diffused(labels, sources)  # drawn once: a fixed input is what the generator is fitted to
-        optimizer = torch.optim.Adam(generator.parameters(), lr=config.generator_lr, betas=(0.5, 0.999), fused=True)
-        best_images, best_loss = torch.empty(0), torch.empty(0)
-        with self.matcher.watching():
-            for step in range(config.generator_steps):
-                images = generator(diffused)
-                view = task.normalize(random_crop_flip(images, task.crop_padding, task.flip_keeps_class, task.rng))
-                logits = task.teacher(view)
-                loss = config.batchnorm * self.matcher.loss() + config.onehot * cross_entropy(logits, labels)
-                if adversarial:
-                    loss = loss + config.adversarial * masked_adversarial(student(view), logits)
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                loss, images = loss.detach(), images.detach()
-                if step == 0:
-                    best_images, best_loss = images, loss
-                else:
-                    best_images = torch.where(loss < best_loss, images, best_images)
-                    best_loss = torch.minimum(loss, best_loss)
-                optimizer.step()
-        self.matcher.update()
-        return best_images, best_loss
+        opponent = student if adversarial else None
+        best = invert(self.generator, diffused, labels, task, self.matcher, config, opponent)
+        return best.tensors[0], best.loss
 
     def _diffused(self, labels: Tensor, sources: Tensor) -> Tensor:
         """Embeddings [b, d] of ``labels`` [b] with noise of ``sources`` [b] (0, 1, ...) around them."""
@@ -284,5 +266,20 @@ CaeDfkd.smoke = {
         },
         origin="ours",
         source="results/trials/digits.json: eight trials on the validation split",
-    )
+    ),
+    "glyphs16": Published(
+        schedule=Schedule(epochs=23, warmup_epochs=3, student_steps=100, batch_size=128, lr=0.1, lr_min=2e-4),
+        config={
+            **_SMALL,
+            "warmup_loops": 4,
+            "generator_lr": 0.01,
+            "noise_scale": 0.5,
+            "contrast": 0.3,
+            "generator_steps": 10,
+            "loops": 2,
+            "batchnorm": 10.0,
+        },
+        origin="ours",
+        source="results/trials/glyphs16.json: the settings of digits with 2,000 student steps",
+    ),
 }

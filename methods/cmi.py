@@ -12,7 +12,7 @@ Differences from the paper
 2. The contrast has one direction, from a local to a global view, with detached keys; the means over new and over
    cached rows are added, as in the released code.
 3. Training starts from scratch. The published 90.01 % (CIFAR-10, wrn40_2 to wrn16_1) start from some 50,000 images
-   inverted beforehand; from scratch the authors report 88.82 %.
+   inverted beforehand; from scratch the authors report 88.82 %. ``initial_images`` names a folder of such images.
 
 Differences from the released code
 1. A bank that has just been filled to the brim is full: the released test for it finds no rows to draw at that one
@@ -22,23 +22,27 @@ Differences from the released code
 4. A teacher of the ResNet family is tapped at the inputs of its four stages; the released rule names ResNet-34 alone.
 5. Images of a data set whose classes a flip would change, such as digits, are not flipped.
 6. Losses and the choice of the best step stay on the device.
+7. Initial images are read once and lie in the pool, as its oldest; the released loader reads their folder beside that
+   of the pool. Neither puts them into the bank.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, ClassVar
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from dfkd_bench.augment import random_crop_flip, random_resized_crop_flip
+from dfkd_bench.augment import random_crop_flip, random_resized_crop_flip, to_unit
 from dfkd_bench.generators import Generator
-from dfkd_bench.losses import contrastive, cross_entropy, masked_adversarial
+from dfkd_bench.inversion import BestStep, inversion_loss
+from dfkd_bench.losses import contrastive
 from dfkd_bench.method import Method, MethodConfig, Origin, Progress, Published, Schedule, Synthesis, Task
 from dfkd_bench.statistics import BatchNormMatcher
+from dfkd_bench.taps import tapped
 
 CARD = {
     "title": "CMI: model inversion with a contrastive memory bank",
@@ -66,6 +70,9 @@ class CmiConfig(MethodConfig):
     negatives: int = Field(4096, ge=1, description="rows drawn from the bank a step; `n_neg` (code)")
     contrast_width: int = Field(256, ge=1, description="outputs of the projection head (code)")
     generator_width: int = Field(64, ge=1, description="base width of the convolutions; `ngf` (code)")
+    initial_images: str | None = Field(
+        None, min_length=1, description="folder of images made beforehand, for the pool; null: none; `cmi_init` (code)"
+    )
 
 
 class Bank:
@@ -99,10 +106,11 @@ class Bank:
 
 
 class Cmi(Method):
-    """The method. One call makes one batch with a new generator; head and bank live on."""
+    """The method. One call makes one batch with a new generator; head and bank live on. The first one also hands over
+    the initial images."""
 
     Config = CmiConfig
-    needs = frozenset({"batchnorm"})
+    needs = frozenset({"batchnorm", "initial_images"})
     absorbs = "generator_steps"
     tiny: ClassVar = {"synthesis_batch_size": 12, "latent_dim": 8, "generator_steps": 2, "generator_width": 4}
     tiny |= {"bank_size": 30, "negatives": 16, "contrast_width": 8}
@@ -131,35 +139,30 @@ class Cmi(Method):
         optimizer = torch.optim.Adam(
             [*generator.parameters(), latent], lr=config.generator_lr, betas=(0.5, 0.999), fused=True
         )
-        best_images, best_pairs, best_loss = torch.empty(0), torch.empty(0), torch.empty(0)
-        for step in range(config.generator_steps):
+        best = BestStep()
+        for _ in range(config.generator_steps):
             images = generator(latent)
             loss, pairs = self._loss(images, labels, student)
             optimizer.zero_grad(set_to_none=True)
             self.head_optimizer.zero_grad(set_to_none=True)
             loss.backward()
-            loss, images = loss.detach(), images.detach()
-            if step == 0:
-                best_images, best_pairs, best_loss = images, pairs, loss
-            else:
-                best_images = torch.where(loss < best_loss, images, best_images)
-                best_pairs = torch.where(loss < best_loss, pairs, best_pairs)
-                best_loss = torch.minimum(loss, best_loss)
+            best.offer(loss, images, pairs)
             optimizer.step()
             self.head_optimizer.step()
+        made, pairs = best.tensors
         if config.contrast > 0:
-            self.bank.add(best_pairs)
-        return Synthesis(best_images, scalars={"synthesis_loss": best_loss})
+            self.bank.add(pairs)
+        if task.initial_images is not None and at.epoch == 0 and at.round == 0:
+            made = torch.cat([to_unit(task.initial_images), made])
+        return Synthesis(made, scalars={"synthesis_loss": best.loss})
 
     def _loss(self, images: Tensor, labels: Tensor, student: nn.Module) -> tuple[Tensor, Tensor]:
         """The loss, and the features of both views [B, 2D] (local, global), detached; [B, 0] without contrast."""
         task, config = self.task, self.config
         view = task.normalize(random_crop_flip(images, task.crop_padding, task.flip_keeps_class, task.rng))
+        opponent = student if config.adversarial > 0 else None
         with self.matcher.watching(), spatial_means(self.layers) as means:
-            logits = task.teacher(view)
-        loss = config.batchnorm * self.matcher.loss() + config.onehot * cross_entropy(logits, labels)
-        if config.adversarial > 0:
-            loss = loss + config.adversarial * masked_adversarial(student(view), logits)
+            loss = inversion_loss(task, self.matcher, config, view, labels, opponent)
         if config.contrast == 0:
             return loss, images.new_empty(images.shape[0], 0)
         whole = torch.cat(means, dim=1).detach()
@@ -185,21 +188,18 @@ class Cmi(Method):
         views = 2 if config.contrast > 0 else 1  # the contrast sees a local view, too
         return views * schedule.rounds * config.generator_steps * config.synthesis_batch_size
 
+    @classmethod
+    def outside_knowledge(cls, config: CmiConfig) -> str | None:
+        return None if config.initial_images is None else "images made beforehand"
 
-@contextmanager
-def spatial_means(layers: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
+
+def spatial_means(layers: Sequence[nn.Module]) -> AbstractContextManager[list[Tensor]]:
     """Inside the ``with`` every forward pass of one of ``layers`` appends the spatial mean [b, c] of its input."""
-    means: list[Tensor] = []
 
-    def hook(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        means.append(inputs[0].mean(dim=(2, 3), dtype=torch.promote_types(inputs[0].dtype, torch.float32)))
+    def mean(features: Tensor) -> Tensor:
+        return features.mean(dim=(2, 3), dtype=torch.promote_types(features.dtype, torch.float32))
 
-    handles = [layer.register_forward_pre_hook(hook) for layer in layers]
-    try:
-        yield means
-    finally:
-        for handle in handles:
-            handle.remove()
+    return tapped(*layers, keep=mean)
 
 
 def feature_layers(teacher: nn.Module) -> list[nn.Module]:
@@ -263,5 +263,21 @@ Cmi.smoke = {
         },
         origin="ours",
         source="results/trials/digits.json: eight trials on the validation split",
+    ),
+    "glyphs16": Published(
+        schedule=Schedule(epochs=20, student_steps=100, batch_size=128, lr=0.1, lr_min=2e-4),
+        config={
+            "synthesis_batch_size": 64,
+            "generator_width": 32,
+            "generator_steps": 45,
+            "generator_lr": 0.005,
+            "negatives": 64,
+            "batchnorm": 10.0,
+            "adversarial": 0.0,
+            "contrast": 0.8,
+            "contrast_temperature": 0.1,
+        },
+        origin="ours",
+        source="results/trials/glyphs16.json: the settings of digits with 2,000 student steps",
     ),
 }

@@ -23,8 +23,6 @@ Differences from the released code
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -34,6 +32,7 @@ from torch import Tensor, nn
 from dfkd_bench.generators import Generator, LargeGenerator
 from dfkd_bench.losses import activation, class_balance, confidence
 from dfkd_bench.method import Batch, Method, MethodConfig, PoolView, Progress, Published, Schedule, Synthesis, Task
+from dfkd_bench.taps import tapped
 
 CARD = {
     "title": "DAFL: the teacher as a fixed discriminator",
@@ -67,17 +66,6 @@ class Config(MethodConfig):
     )
     generator: Literal["large", "small"] = Field("large", description="large (CMI) or small (Fast-Datafree)")
     generator_width: int = Field(64, ge=1, description="base width of the convolutions; `ngf` (code)")
-
-
-@contextmanager
-def tapped(layer: nn.Module) -> Iterator[list[Tensor]]:
-    """Inside the ``with`` every forward call of ``layer`` appends its input to the list."""
-    inputs: list[Tensor] = []
-    handle = layer.register_forward_pre_hook(lambda _layer, given: inputs.append(given[0]))
-    try:
-        yield inputs
-    finally:
-        handle.remove()
 
 
 class Dafl(Method):
@@ -166,5 +154,20 @@ Dafl.smoke = {
         },
         origin="ours",
         source="results/trials/digits.json: eight trials on the validation split",
+    ),
+    "glyphs16": Published(
+        schedule=Schedule(epochs=20, rounds_per_epoch=20, student_steps=5, batch_size=128, lr=0.2, lr_min=2e-4),
+        config={
+            "synthesis_batch_size": 128,
+            "generator_width": 32,
+            "generator_steps": 5,
+            "sample_bn": "eval",
+            "generator_lr": 0.004,
+            "onehot": 0.1,
+            "balance": 20.0,
+            "activation": 0.001,
+        },
+        origin="ours",
+        source="results/trials/glyphs16.json: the settings of digits with 2,000 student steps",
     ),
 }

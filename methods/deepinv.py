@@ -35,6 +35,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from dfkd_bench.augment import roll_flip
+from dfkd_bench.inversion import BestStep
 from dfkd_bench.losses import clamped_js, cross_entropy, total_variation
 from dfkd_bench.method import Method, MethodConfig, Origin, Progress, Published, Schedule, Synthesis, Task
 from dfkd_bench.statistics import BatchNormMatcher
@@ -89,24 +90,20 @@ class DeepInversion(Method):
         pixels = torch.randn(size, *task.image_shape, device=task.device, generator=task.rng).requires_grad_()
         black, white = (task.normalize(fill(task.normalize.mean)) for fill in (torch.zeros_like, torch.ones_like))
         optimizer = torch.optim.Adam([pixels], lr=config.pixel_lr, betas=(0.5, 0.99), fused=True)
-        best_pixels, best_loss, loss = torch.empty(0), torch.empty(0), torch.empty(0)
-        for step in range(config.pixel_steps):
+        best, loss = BestStep(), torch.empty(0)
+        for _ in range(config.pixel_steps):
             loss = self._loss(pixels, labels, student)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
-            loss = loss.detach()
             if config.select == "best":  # the images that the loss was measured on, before they are changed in place
-                if step == 0:
-                    best_pixels, best_loss = pixels.detach().clone(), loss
-                else:
-                    best_pixels = torch.where(loss < best_loss, pixels.detach(), best_pixels)
-                    best_loss = torch.minimum(loss, best_loss)
+                best.offer(loss, pixels.detach().clone())
             optimizer.step()
             with torch.no_grad():
                 pixels.clamp_(black, white)
         if config.select == "last":
-            best_pixels, best_loss = pixels.detach(), loss
-        return Synthesis(task.normalize.inverse(best_pixels).clamp(0, 1), scalars={"synthesis_loss": best_loss})
+            best.offer(loss, pixels)
+        (made,) = best.tensors
+        return Synthesis(task.normalize.inverse(made).clamp(0, 1), scalars={"synthesis_loss": best.loss})
 
     def _loss(self, pixels: Tensor, labels: Tensor, student: nn.Module) -> Tensor:
         task, config = self.task, self.config
@@ -186,5 +183,18 @@ DeepInversion.smoke = {
         },
         origin="ours",
         source="results/trials/digits.json: eight trials on the validation split",
+    ),
+    "glyphs16": Published(
+        schedule=Schedule(epochs=20, student_steps=100, batch_size=128, lr=0.2, lr_min=2e-4),
+        config={
+            "synthesis_batch_size": 100,
+            "pixel_steps": 60,
+            "pixel_lr": 0.1,
+            "batchnorm": 1.0,
+            "adversarial": 1.0,
+            "variation": 0.001,
+        },
+        origin="ours",
+        source="results/trials/glyphs16.json: the settings of digits with 2,000 student steps",
     ),
 }

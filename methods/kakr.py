@@ -6,7 +6,8 @@ is the one of NAYER's tables.
 
 To learn new images is to be good for old ones: the student takes a trial step on the generator's new images, and what
 that step does to its loss on replayed ones is part of the gradient. Replayed are stored images (``replay="memory"``)
-or those of an autoencoder that remembers (``replay="generative"``); generator and autoencoder are PRE-DFKD's.
+or those of an autoencoder that remembers (``replay="generative"``); generator and autoencoder are PRE-DFKD's
+(dfkd_bench/replay.py).
 
 Differences from the paper
 1. ``meta="released"``, the default, has no meta-learning: in the released code the term after the trial step gives the
@@ -29,8 +30,6 @@ Differences from the released code
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -38,17 +37,9 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from dfkd_bench.generators import EarlyGenerator, MemoryGenerator, uniform_
-from dfkd_bench.losses import (
-    activation,
-    bounded_agreement,
-    class_balance,
-    confidence,
-    latent_moments,
-    logit_distance,
-    normal_kl,
-)
-from dfkd_bench.method import Batch, Method, MethodConfig, PoolView, Progress, Published, Schedule, Synthesis, Task
+from dfkd_bench.losses import logit_distance
+from dfkd_bench.method import Batch, MethodConfig, PoolView, Progress, Published, Schedule, Synthesis, Task
+from dfkd_bench.replay import AutoencoderReplay, BatchStore, joined
 
 CARD = {
     "title": "KAKR (LRA): retain while acquiring, with stored or generated replay",
@@ -96,52 +87,7 @@ class Config(MethodConfig):
     generator_width: int = Field(64, ge=1, description="base width of the convolutions (code)")
 
 
-@contextmanager
-def tapped(layer: nn.Module) -> Iterator[list[Tensor]]:
-    """Inside the ``with`` every forward call of ``layer`` appends its input to the list."""
-    inputs: list[Tensor] = []
-    handle = layer.register_forward_pre_hook(lambda _layer, given: inputs.append(given[0]))
-    try:
-        yield inputs
-    finally:
-        handle.remove()
-
-
-class ImageMemory:
-    """The newest ``capacity`` batches of images, one pushed every ``every`` epochs: the last one of its epoch."""
-
-    def __init__(self, capacity: int, every: int) -> None:
-        self.capacity, self.every = capacity, every
-        self.batches: list[Tensor] = []
-        self.latest: Tensor | None = None  # of the current epoch, so far
-
-    def begin(self, epoch: int) -> None:
-        """Push what ``note`` kept last, if the epoch before ``epoch`` is one of those that are remembered."""
-        if self.latest is not None and (epoch - 1) % self.every == 0:
-            self.batches = [*self.batches, self.latest][-self.capacity :]
-        self.latest = None
-
-    def note(self, images: Tensor) -> None:
-        """Keep ``images`` until the next ones come or the epoch ends."""
-        self.latest = images.clone()
-
-    def draw(self, rng: torch.Generator) -> Tensor | None:
-        """One stored batch at random; None before the first one."""
-        if not self.batches:
-            return None
-        number = torch.randint(len(self.batches), (1,), device=rng.device, generator=rng)
-        return torch.stack(self.batches).index_select(0, number)[0]
-
-    def state_dict(self) -> dict[str, Any]:
-        """Stored batches and the one of the current epoch."""
-        return {"batches": self.batches, "latest": self.latest}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The inverse of ``state_dict``."""
-        self.batches, self.latest = list(state["batches"]), state["latest"]
-
-
-class Kakr(Method):
+class Kakr(AutoencoderReplay):
     """The method. One call takes ``generator_steps`` steps of one persistent generator."""
 
     Config = Config
@@ -151,49 +97,23 @@ class Kakr(Method):
         "student_batch_range": "the generators end in tanh and a BatchNorm: their images have the mean and variance of "
         "normalised images, but not their range",
     }
-    absorbs = "generator_steps"
     described: ClassVar = {"meta": "intended", "student_eval": True, "tuning_trains_memory": False}
     tiny: ClassVar = {"synthesis_batch_size": 12, "latent_dim": 8, "generator_width": 4, "memory_steps": 2}
 
     def __init__(self, config: Any, task: Task) -> None:
         super().__init__(config, task)
-        size = config.latent_dim, task.image_shape, config.generator_width
-        with task.device:
-            generator, memory = EarlyGenerator(*size, spectral=True), MemoryGenerator(*size)
-            uniform_(generator)
-            uniform_(memory)
-        self.generator = generator.to(memory_format=torch.channels_last)
-        self.memory = memory.to(memory_format=torch.channels_last)
-        self.optimizer = torch.optim.Adam(self.generator.parameters(), lr=config.generator_lr, fused=True)
-        self.memory_optimizer = torch.optim.Adam(self.memory.parameters(), lr=config.memory_lr, fused=True)
-        self.stored = ImageMemory(config.capacity, config.store_every)
-        self.student_steps = 0  # of the current round
+        self.stored = BatchStore(config.capacity, config.store_every)
 
     def synthesize(self, student: nn.Module, at: Progress) -> Synthesis:
-        loss = torch.zeros(())
-        self.student_steps = 0
         if at.round == 0:
             self.stored.begin(at.epoch - at.warmup_epochs)
-        student.train(not self.config.student_eval)
-        for _ in range(self.config.generator_steps):
-            loss = self._loss(self.generator(self._draw(self.config.synthesis_batch_size)), student)
-            self.optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            self.optimizer.step()
-        student.eval()
-        return Synthesis(None, scalars={"synthesis_loss": loss.detach()})
+        return super().synthesize(student, at)
 
     def student_batch(self, pool: PoolView, size: int, at: Progress) -> Batch:
         """``size`` new images and the replayed ones, which come on top; none before there is something stored."""
-        with torch.no_grad():
-            new = self.generator(self._draw(size))
         if self.config.replay == "generative":
-            self.memory.eval()
-            images = torch.cat([new, self._replayed(size, train_decoder=False)])
-        else:
-            old = self.stored.draw(self.task.rng)
-            images = new if old is None else torch.cat([new, old])
-        return Batch(images, parts={"new": slice(0, size), "replay": slice(size, images.shape[0])})
+            return super().student_batch(pool, size, at)
+        return joined(self._new(size), self.stored.draw(self.task.rng))
 
     def student_loss(self, student: nn.Module, batch: Batch, at: Progress) -> Tensor:
         """Mean absolute difference of the logits on all images, and if intended on replayed ones after a trial step."""
@@ -207,62 +127,11 @@ class Kakr(Method):
 
     def after_student_step(self, student: nn.Module, batch: Batch, at: Progress) -> None:
         """The autoencoder learns in the first student steps of a round; a store keeps each batch for a while."""
-        self.student_steps += 1
+        if self.config.replay == "generative":
+            super().after_student_step(student, batch, at)
+            return
         new = batch.images[batch.parts["new"]]
-        if self.config.replay == "memory":
-            self.stored.note(new[: self._share(new.shape[0])])
-        elif self.student_steps <= self.config.memory_steps:
-            nothing_to_remember = at.epoch == at.warmup_epochs and at.round == 0
-            self._memory_step(new, replay=not nothing_to_remember)
-
-    def _loss(self, images: Tensor, student: nn.Module) -> Tensor:
-        config = self.config
-        with tapped(self.task.teacher.classifier) as penultimate:
-            logits = self.task.teacher(images)
-        return (
-            config.onehot * confidence(logits)
-            + config.balance * class_balance(logits, 10)
-            + config.activation * activation(penultimate[-1])
-            + config.adversarial * bounded_agreement(student(images), logits.detach())
-        )
-
-    def _replayed(self, size: int, train_decoder: bool) -> Tensor:
-        """The memory's images that join ``size`` new ones."""
-        latents = self._draw(self._share(size))
-        return self.memory.recall(latents, self._tuning_loss, self.config.latent_lr, train_decoder)
-
-    def _tuning_loss(self, latents: Tensor, images: Tensor) -> Tensor:
-        logits = self.task.teacher(images)
-        prior = self.config.onehot * confidence(logits) + self.config.balance * class_balance(logits, 10)
-        return prior + latent_moments(latents)
-
-    def _memory_step(self, new: Tensor, replay: bool) -> None:
-        """One step of the autoencoder; ``new``: a student batch's new images."""
-        self.memory.train()
-        self.memory_optimizer.zero_grad(set_to_none=True)
-        images = new[: new.shape[0] // 2]
-        if replay:
-            images = torch.cat([images, self._replayed(new.shape[0], self.config.tuning_trains_memory)])
-        remembered, mean, log_variance = self.memory(images, self._draw(images.shape[0]))
-        pixels = (remembered - images).abs().mean()
-        logits = logit_distance(self.task.teacher(remembered), self.task.teach(images))
-        (pixels + logits + self.config.kl * normal_kl(mean, log_variance)).backward()
-        self.memory_optimizer.step()
-
-    def _share(self, size: int) -> int:
-        """Replayed images to ``size`` new ones; BatchNorm needs two."""
-        return max(2, size // self.config.replay_divisor)
-
-    def _draw(self, size: int) -> Tensor:
-        return torch.randn(size, self.config.latent_dim, device=self.task.device, generator=self.task.rng)
-
-    @classmethod
-    def generation_cost(cls, config: Any, schedule: Schedule, num_classes: int) -> int:
-        return schedule.rounds * config.generator_steps * config.synthesis_batch_size
-
-    @classmethod
-    def batch_rows(cls, config: Any, size: int) -> int:
-        return size + max(2, size // config.replay_divisor)
+        self.stored.note(new[: self._share(new.shape[0])])
 
 
 def retention(
@@ -318,5 +187,17 @@ Kakr.smoke = {
         },
         origin="ours",
         source="results/trials/digits.json: eight trials on the validation split",
+    ),
+    "glyphs16": Published(
+        schedule=Schedule(epochs=20, rounds_per_epoch=20, student_steps=5, batch_size=128, lr=0.1, lr_min=2e-4),
+        config={
+            "synthesis_batch_size": 128,
+            "latent_dim": 100,
+            "generator_width": 32,
+            "generator_steps": 5,
+            "memory_steps": 2,
+        },
+        origin="ours",
+        source="results/trials/glyphs16.json: the settings of digits with 2,000 student steps",
     ),
 }

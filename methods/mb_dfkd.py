@@ -5,6 +5,7 @@ theirs is known; a re-implementation for comparison: https://github.com/gaurav10
 
 A generator looks for images on which the student disagrees and that look to the teacher like its training data. Some
 of what it has made is kept in a memory bank and joins every student batch, so that the student forgets nothing.
+Generator, losses and the bank itself are in dfkd_bench/replay.py: PRE-DFKD and KAKR have them, too.
 
 Not confirmed: the abstract and that re-implementation were at hand, but not the paper's text. Everything is what the
 re-implementation does; which of it is the paper's is not known.
@@ -23,17 +24,13 @@ Differences from the released code
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, ClassVar
 
-import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import nn
 
-from dfkd_bench.generators import EarlyGenerator, uniform_
-from dfkd_bench.losses import activation, bounded_agreement, class_balance, confidence, logit_distance
-from dfkd_bench.method import Batch, Method, MethodConfig, PoolView, Progress, Published, Schedule, Synthesis, Task
+from dfkd_bench.method import Batch, MethodConfig, PoolView, Progress, Published, Schedule, Synthesis, Task
+from dfkd_bench.replay import BatchStore, Opponent, ReplayMethod, build, joined
 
 CARD = {
     "title": "MB-DFKD: a generator and a memory bank of what it made before",
@@ -66,52 +63,7 @@ class Config(MethodConfig):
     generator_width: int = Field(64, ge=1, description="base width of the convolutions (third-party)")
 
 
-@contextmanager
-def tapped(layer: nn.Module) -> Iterator[list[Tensor]]:
-    """Inside the ``with`` every forward call of ``layer`` appends its input to the list."""
-    inputs: list[Tensor] = []
-    handle = layer.register_forward_pre_hook(lambda _layer, given: inputs.append(given[0]))
-    try:
-        yield inputs
-    finally:
-        handle.remove()
-
-
-class MemoryBank:
-    """The newest ``capacity`` batches, one of every ``every``-th epoch, beginning with the first: its last one."""
-
-    def __init__(self, capacity: int, every: int) -> None:
-        self.capacity, self.every = capacity, every
-        self.batches: list[Tensor] = []
-        self.latest: Tensor | None = None  # of the current epoch, so far
-
-    def begin(self, epoch: int) -> None:
-        """A new epoch, from 0: what ``note`` kept last is stored if it is of an epoch whose turn it was."""
-        if self.latest is not None and (epoch - 1) % self.every == 0:
-            self.batches = [*self.batches, self.latest][-self.capacity :]
-        self.latest = None
-
-    def note(self, images: Tensor) -> None:
-        """Keep ``images`` until the next ones come or the epoch ends."""
-        self.latest = images.clone()
-
-    def draw(self, rng: torch.Generator) -> Tensor | None:
-        """One stored batch at random; None before the first one."""
-        if not self.batches:
-            return None
-        number = torch.randint(len(self.batches), (1,), device=rng.device, generator=rng)
-        return torch.stack(self.batches).index_select(0, number)[0]
-
-    def state_dict(self) -> dict[str, Any]:
-        """Stored batches and the one of the current epoch."""
-        return {"batches": self.batches, "latest": self.latest}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The inverse of ``state_dict``."""
-        self.batches, self.latest = list(state["batches"]), state["latest"]
-
-
-class MbDfkd(Method):
+class MbDfkd(ReplayMethod):
     """The method. One call takes ``generator_steps`` steps of one persistent generator; the bank is fed by epochs."""
 
     Config = Config
@@ -121,71 +73,23 @@ class MbDfkd(Method):
         "student_batch_range": "the generator ends in tanh and a BatchNorm: its images have the mean and variance of "
         "normalised images, but not their range",
     }
-    absorbs = "generator_steps"
     described: ClassVar = {"student_eval": True}
     tiny: ClassVar = {"synthesis_batch_size": 12, "latent_dim": 8, "generator_width": 4, "store_every": 1}
 
     def __init__(self, config: Any, task: Task) -> None:
-        super().__init__(config, task)
-        with task.device:
-            generator = EarlyGenerator(config.latent_dim, task.image_shape, config.generator_width, spectral=True)
-            uniform_(generator)
-        self.generator = generator.to(memory_format=torch.channels_last)
-        self.optimizer = torch.optim.Adam(self.generator.parameters(), lr=config.generator_lr, fused=True)
-        self.bank = MemoryBank(config.capacity, config.store_every)
+        super().__init__(config, task, *build(config, task, Opponent))
+        self.bank = BatchStore(config.capacity, config.store_every)
 
     def synthesize(self, student: nn.Module, at: Progress) -> Synthesis:
-        loss = torch.zeros(())
         if at.round == 0:
             self.bank.begin(at.epoch - at.warmup_epochs)
-        student.train(not self.config.student_eval)
-        for _ in range(self.config.generator_steps):
-            loss = self._loss(self.generator(self._draw(self.config.synthesis_batch_size)), student)
-            self.optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            self.optimizer.step()
-        student.eval()
-        return Synthesis(None, scalars={"synthesis_loss": loss.detach()})
+        return super().synthesize(student, at)
 
     def student_batch(self, pool: PoolView, size: int, at: Progress) -> Batch:
         """``size`` new images and, once there are some, a stored batch, which comes on top."""
-        with torch.no_grad():
-            new = self.generator(self._draw(size))
+        new = self._new(size)
         self.bank.note(new[: self._share(size)])
-        old = self.bank.draw(self.task.rng)
-        images = new if old is None else torch.cat([new, old])
-        return Batch(images, parts={"new": slice(0, size), "replay": slice(size, images.shape[0])})
-
-    def student_loss(self, student: nn.Module, batch: Batch, at: Progress) -> Tensor:
-        """Mean absolute difference of the logits, new and stored images alike."""
-        return logit_distance(student(batch.images), self.task.teach(batch.images))
-
-    def _loss(self, images: Tensor, student: nn.Module) -> Tensor:
-        """What the teacher says of images like its own, and the student's agreement with it; 0-d."""
-        config = self.config
-        with tapped(self.task.teacher.classifier) as penultimate:
-            logits = self.task.teacher(images)
-        return (
-            config.onehot * confidence(logits)
-            + config.balance * class_balance(logits, 10)
-            + config.activation * activation(penultimate[-1])
-            + config.adversarial * bounded_agreement(student(images), logits.detach())
-        )
-
-    def _share(self, size: int) -> int:
-        """Stored images to ``size`` new ones; BatchNorm needs two."""
-        return max(2, size // self.config.replay_divisor)
-
-    def _draw(self, size: int) -> Tensor:
-        return torch.randn(size, self.config.latent_dim, device=self.task.device, generator=self.task.rng)
-
-    @classmethod
-    def generation_cost(cls, config: Any, schedule: Schedule, num_classes: int) -> int:
-        return schedule.rounds * config.generator_steps * config.synthesis_batch_size
-
-    @classmethod
-    def batch_rows(cls, config: Any, size: int) -> int:
-        return size + max(2, size // config.replay_divisor)
+        return joined(new, self.bank.draw(self.task.rng))
 
 
 MbDfkd.published = {
@@ -219,5 +123,18 @@ MbDfkd.smoke = {
         },
         origin="ours",
         source="results/trials/digits.json: eight trials on the validation split",
+    ),
+    "glyphs16": Published(
+        schedule=Schedule(epochs=20, rounds_per_epoch=20, student_steps=5, batch_size=128, lr=0.1, lr_min=2e-4),
+        config={
+            "synthesis_batch_size": 128,
+            "latent_dim": 100,
+            "generator_width": 32,
+            "generator_steps": 5,
+            "generator_lr": 1e-3,
+            "store_every": 1,
+        },
+        origin="ours",
+        source="results/trials/glyphs16.json: the settings of digits with 2,000 student steps",
     ),
 }

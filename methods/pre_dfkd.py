@@ -4,7 +4,8 @@ Kuluhan Binici, Shivam Aggarwal, Nam Trung Pham, Karianto Leman, Tulika Mitra; A
 https://arxiv.org/abs/2201.03019, code: https://github.com/kuluhan/PRE-DFKD
 
 A generator looks for images that please the teacher and on which the student disagrees; a variational autoencoder
-remembers what it has made so far, and its decoder's images join every student batch, so that nothing is forgotten.
+remembers what it has made so far, and its decoder's images join every student batch, so that nothing is forgotten. The
+algorithm is ``AutoencoderReplay`` in dfkd_bench/replay.py, which KAKR uses, too; here are its settings.
 
 Differences from the paper
 1. The autoencoder reproduces pixels and the teacher's logits, not its features, as in the released code.
@@ -22,25 +23,12 @@ Differences from the released code
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import ClassVar
 
-import torch
 from pydantic import Field
-from torch import Tensor, nn
 
-from dfkd_bench.generators import EarlyGenerator, MemoryGenerator, uniform_
-from dfkd_bench.losses import (
-    activation,
-    bounded_agreement,
-    class_balance,
-    confidence,
-    latent_moments,
-    logit_distance,
-    normal_kl,
-)
-from dfkd_bench.method import Batch, Method, MethodConfig, PoolView, Progress, Published, Schedule, Synthesis, Task
+from dfkd_bench.method import MethodConfig, Published, Schedule
+from dfkd_bench.replay import AutoencoderReplay
 
 CARD = {
     "title": "PRE-DFKD: a generator and a variational autoencoder that replays its past",
@@ -78,19 +66,8 @@ class Config(MethodConfig):
     generator_width: int = Field(64, ge=1, description="base width of the convolutions (code)")
 
 
-@contextmanager
-def tapped(layer: nn.Module) -> Iterator[list[Tensor]]:
-    """Inside the ``with`` every forward call of ``layer`` appends its input to the list."""
-    inputs: list[Tensor] = []
-    handle = layer.register_forward_pre_hook(lambda _layer, given: inputs.append(given[0]))
-    try:
-        yield inputs
-    finally:
-        handle.remove()
-
-
-class PreDfkd(Method):
-    """The method. One call takes ``generator_steps`` steps of one persistent generator; no image is kept."""
+class PreDfkd(AutoencoderReplay):
+    """The method: ``AutoencoderReplay`` and nothing else. No image is kept."""
 
     Config = Config
     quirks: ClassVar = {
@@ -99,99 +76,8 @@ class PreDfkd(Method):
         "student_batch_range": "the generators end in tanh and a BatchNorm: their images have the mean and variance of "
         "normalised images, but not their range",
     }
-    absorbs = "generator_steps"
     described: ClassVar = {"student_eval": True, "tuning_trains_memory": False}
     tiny: ClassVar = {"synthesis_batch_size": 12, "latent_dim": 8, "generator_width": 4, "memory_steps": 2}
-
-    def __init__(self, config: Any, task: Task) -> None:
-        super().__init__(config, task)
-        size = config.latent_dim, task.image_shape, config.generator_width
-        with task.device:
-            generator, memory = EarlyGenerator(*size, spectral=True), MemoryGenerator(*size)
-            uniform_(generator)
-            uniform_(memory)
-        self.generator = generator.to(memory_format=torch.channels_last)
-        self.memory = memory.to(memory_format=torch.channels_last)
-        self.optimizer = torch.optim.Adam(self.generator.parameters(), lr=config.generator_lr, fused=True)
-        self.memory_optimizer = torch.optim.Adam(self.memory.parameters(), lr=config.memory_lr, fused=True)
-        self.student_steps = 0  # of the current round
-
-    def synthesize(self, student: nn.Module, at: Progress) -> Synthesis:
-        loss = torch.zeros(())
-        self.student_steps = 0
-        student.train(not self.config.student_eval)
-        for _ in range(self.config.generator_steps):
-            loss = self._loss(self.generator(self._draw(self.config.synthesis_batch_size)), student)
-            self.optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            self.optimizer.step()
-        student.eval()
-        return Synthesis(None, scalars={"synthesis_loss": loss.detach()})
-
-    def student_batch(self, pool: PoolView, size: int, at: Progress) -> Batch:
-        """``size`` new images and the memory's share, which comes on top."""
-        with torch.no_grad():
-            new = self.generator(self._draw(size))
-        self.memory.eval()
-        images = torch.cat([new, self._replayed(size, train_decoder=False)])
-        return Batch(images, parts={"new": slice(0, size), "replay": slice(size, images.shape[0])})
-
-    def student_loss(self, student: nn.Module, batch: Batch, at: Progress) -> Tensor:
-        """Mean absolute difference of the logits, new and replayed images alike."""
-        return logit_distance(student(batch.images), self.task.teach(batch.images))
-
-    def after_student_step(self, student: nn.Module, batch: Batch, at: Progress) -> None:
-        """In the first student steps of a round the memory learns half of the new images, and its own."""
-        self.student_steps += 1
-        if self.student_steps <= self.config.memory_steps:
-            new = batch.images[batch.parts["new"]]
-            nothing_to_remember = at.epoch == at.warmup_epochs and at.round == 0
-            self._memory_step(new, replay=not nothing_to_remember)
-
-    def _loss(self, images: Tensor, student: nn.Module) -> Tensor:
-        config = self.config
-        with tapped(self.task.teacher.classifier) as penultimate:
-            logits = self.task.teacher(images)
-        return (
-            config.onehot * confidence(logits)
-            + config.balance * class_balance(logits, 10)
-            + config.activation * activation(penultimate[-1])
-            + config.adversarial * bounded_agreement(student(images), logits.detach())
-        )
-
-    def _replayed(self, size: int, train_decoder: bool) -> Tensor:
-        """The memory's images that join ``size`` new ones."""
-        latents = self._draw(max(2, size // self.config.replay_divisor))
-        return self.memory.recall(latents, self._tuning_loss, self.config.latent_lr, train_decoder)
-
-    def _tuning_loss(self, latents: Tensor, images: Tensor) -> Tensor:
-        logits = self.task.teacher(images)
-        prior = self.config.onehot * confidence(logits) + self.config.balance * class_balance(logits, 10)
-        return prior + latent_moments(latents)
-
-    def _memory_step(self, new: Tensor, replay: bool) -> None:
-        """One step of the autoencoder; ``new``: a student batch's new images."""
-        self.memory.train()
-        self.memory_optimizer.zero_grad(set_to_none=True)
-        images = new[: new.shape[0] // 2]
-        if replay:
-            images = torch.cat([images, self._replayed(new.shape[0], self.config.tuning_trains_memory)])
-        remembered, mean, log_variance = self.memory(images, self._draw(images.shape[0]))
-        pixels = (remembered - images).abs().mean()
-        logits = logit_distance(self.task.teacher(remembered), self.task.teach(images))
-        (pixels + logits + self.config.kl * normal_kl(mean, log_variance)).backward()
-        self.memory_optimizer.step()
-
-    def _draw(self, size: int) -> Tensor:
-        return torch.randn(size, self.config.latent_dim, device=self.task.device, generator=self.task.rng)
-
-    @classmethod
-    def generation_cost(cls, config: Any, schedule: Schedule, num_classes: int) -> int:
-        return schedule.rounds * config.generator_steps * config.synthesis_batch_size
-
-    @classmethod
-    def batch_rows(cls, config: Any, size: int) -> int:
-        return size + max(2, size // config.replay_divisor)
 
 
 PreDfkd.published = {
@@ -224,5 +110,17 @@ PreDfkd.smoke = {
         },
         origin="ours",
         source="results/trials/digits.json: eight trials on the validation split",
+    ),
+    "glyphs16": Published(
+        schedule=Schedule(epochs=20, rounds_per_epoch=20, student_steps=5, batch_size=128, lr=0.1, lr_min=2e-4),
+        config={
+            "synthesis_batch_size": 128,
+            "latent_dim": 100,
+            "generator_width": 32,
+            "generator_steps": 5,
+            "memory_steps": 2,
+        },
+        origin="ours",
+        source="results/trials/glyphs16.json: the settings of digits with 2,000 student steps",
     ),
 }

@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 from dfkd_bench.augment import random_crop_flip
 from dfkd_bench.generators import Generator
+from dfkd_bench.inversion import BestStep
 from dfkd_bench.losses import class_activation_maps, cross_entropy, grad_cam, kl_elementwise
 from dfkd_bench.method import Batch, Method, MethodConfig, PoolView, Progress, Published, Schedule, Synthesis, Task
 from dfkd_bench.statistics import BatchNormMatcher
@@ -90,10 +91,9 @@ class SpaceshipNet(Method):
         labels = balanced_labels(size, task.num_classes, task.rng, task.device)
         latent = torch.randn(size, config.latent_dim, device=task.device, generator=task.rng)
         optimizer = torch.optim.Adam(generator.parameters(), lr=config.generator_lr, betas=(0.5, 0.999), fused=True)
-        best: list[Tensor] = []
-        best_loss = torch.empty(0)
+        best = BestStep()
         with self.matcher.watching():
-            for step in range(config.generator_steps):
+            for _ in range(config.generator_steps):
                 hidden = generator.body.hidden(generator.project(latent))
                 images = generator.body.images(hidden[-1], level=2)
                 view = task.normalize(random_crop_flip(images, task.crop_padding, task.flip_keeps_class, task.rng))
@@ -101,17 +101,12 @@ class SpaceshipNet(Method):
                 loss = config.batchnorm * self.matcher.loss() + config.onehot * classification
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
-                made, loss = [value.detach() for value in (images, *hidden)], loss.detach()
-                if step == 0:
-                    best, best_loss = made, loss
-                else:
-                    best = [torch.where(loss < best_loss, new, old) for new, old in zip(made, best, strict=True)]
-                    best_loss = torch.minimum(loss, best_loss)
+                best.offer(loss, images, *hidden)
                 optimizer.step()
-        images, *features = best
+        images, *features = best.tensors
         dtype = torch.float16 if config.feature_dtype == "float16" else torch.float32
         kept = {name: feature.to(dtype) for name, feature in zip(LEVELS, features, strict=True)}
-        return Synthesis(images, extras=kept, scalars={"synthesis_loss": best_loss})
+        return Synthesis(images, extras=kept, scalars={"synthesis_loss": best.loss})
 
     def student_batch(self, pool: PoolView, size: int, at: Progress) -> Batch:
         """Images decoded from stored features of one level, in most batches after an exchange of channels."""
@@ -267,5 +262,20 @@ SpaceshipNet.smoke = {
         },
         origin="ours",
         source="results/trials/digits.json: eight trials on the validation split",
-    )
+    ),
+    "glyphs16": Published(
+        schedule=Schedule(epochs=20, student_steps=100, batch_size=128, lr=0.2, lr_min=2e-4),
+        config={
+            "synthesis_batch_size": 100,
+            "generator_steps": 50,
+            "generator_width": 32,
+            "generator_lr": 0.005,
+            "batchnorm": 1.0,
+            "class_maps": 1.0,
+            "gradient_maps": 0.1,
+            "exchange": 0.3,
+        },
+        origin="ours",
+        source="results/trials/glyphs16.json: the settings of digits with 2,000 student steps",
+    ),
 }

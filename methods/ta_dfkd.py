@@ -269,4 +269,19 @@ TaDfkd.smoke = {
         origin="ours",
         source="results/trials/digits.json: eight trials on the validation split",
     ),
+    "glyphs16": Published(
+        schedule=Schedule(epochs=20, rounds_per_epoch=20, student_steps=5, batch_size=128, lr=0.2, lr_min=2e-4),
+        config={
+            "synthesis_batch_size": 128,
+            "latent_dim": 100,
+            "generator_width": 32,
+            "generator_steps": 5,
+            "generator_lr": 0.004,
+            "adversarial": 10.0,
+            "batchnorm": 1.0,
+            "selection": 0.0,
+        },
+        origin="ours",
+        source="results/trials/glyphs16.json: the settings of digits with 2,000 student steps",
+    ),
 }

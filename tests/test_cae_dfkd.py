@@ -10,7 +10,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from dfkd_bench import data, text
+from dfkd_bench import data, inversion, text
 from dfkd_bench.checkpoint import load_tree, save_tree
 from dfkd_bench.losses import kl_divergence, supervised_contrastive
 from dfkd_bench.method import Batch, Method, Progress, Task
@@ -212,7 +212,7 @@ def test_the_generators_output_at_the_lowest_loss_is_kept(
 ) -> None:
     script = iter(losses)
     monkeypatch.setattr(
-        cae_dfkd, "cross_entropy", lambda x, labels: next(script) + x.square().sum() - x.square().sum().detach()
+        inversion, "cross_entropy", lambda x, labels: next(script) + x.square().sum() - x.square().sum().detach()
     )
     method = new_method(task, loops=1, batchnorm=0.0, onehot=1.0, adversarial=0.0)
     outputs: list[Tensor] = []

@@ -9,18 +9,24 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 
-from dfkd_bench import augment
+from dfkd_bench import augment, data, plugins, teachers
 from dfkd_bench.augment import random_resized_crop_flip
 from dfkd_bench.checkpoint import load_tree, save_tree
+from dfkd_bench.compute import Compute
+from dfkd_bench.errors import UserError
 from dfkd_bench.generators import Generator
+from dfkd_bench.job import Job
 from dfkd_bench.losses import contrastive, contrastive_rows
 from dfkd_bench.method import Progress, Task
 from dfkd_bench.methods import cmi
 from dfkd_bench.methods.cmi import Bank, Cmi, CmiConfig, feature_layers, reinitialize, spatial_means
 from dfkd_bench.models import build_model
+from dfkd_bench.run import Place, run
 from dfkd_bench.statistics import BatchNormMatcher
+from dfkd_bench.suite import expand, make_suite
 
 B, STEPS = 12, 3
 At = Callable[..., Progress]
@@ -678,3 +684,65 @@ def test_published_settings(key: str) -> None:
 def test_nothing_else_is_published() -> None:
     assert set(Cmi.published) == set(SCRIPTS)
     assert [key for key, entry in Cmi.published.items() if entry.origin == "code"] == ["cifar10/wrn40_2:wrn16_1"]
+
+
+# -- Initial images -------------------------------------------------------------------------------------------------
+
+
+def as_stored(images: Tensor | None) -> Tensor:
+    """As the pool would keep them."""
+    assert images is not None
+    return augment.to_uint8(images)
+
+
+def initial(count: int = 7) -> Tensor:
+    return torch.randint(256, (count, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(3))
+
+
+def test_the_first_call_hands_over_the_initial_images(
+    make_task: Callable[..., Task], student: nn.Module, at: At
+) -> None:
+    method = new_method(make_task(initial_images=initial()))
+    made = [as_stored(method.synthesize(student, at(epoch)).images) for epoch in range(3)]
+    assert [len(images) for images in made] == [7 + B, B, B]
+    assert torch.equal(made[0][:7], initial())
+
+
+def test_they_are_handed_over_once_where_an_epoch_has_several_rounds(
+    make_task: Callable[..., Task], student: nn.Module, at: At
+) -> None:
+    method = new_method(make_task(initial_images=initial()))
+    sizes = [len(as_stored(method.synthesize(student, at(0, round_=number)).images)) for number in range(2)]
+    assert sizes == [7 + B, B]
+
+
+def test_they_change_nothing_of_what_is_made(make_task: Callable[..., Task], student: nn.Module, at: At) -> None:
+    """They are in the pool alone: neither in the bank nor anywhere else in the inversion."""
+    made = []
+    for images in (None, initial()):
+        method = new_method(make_task(initial_images=images))
+        made.append([as_stored(method.synthesize(student, at(epoch)).images)[-B:] for epoch in range(2)])
+        assert len(method.bank) == 2 * B
+    assert all(torch.equal(one, other) for one, other in zip(*made, strict=True))
+
+
+def job_with(folder: Path) -> Job:
+    tiny = TINY | {"epochs": 2, "student_steps": 2, "batch_size": 16, "initial_images": str(folder)}
+    settings = {"teacher.epochs": 1} | {f"cmi.{name}": value for name, value in tiny.items()}
+    suite = make_suite("t", "t", "digits", ["cmi"], "smoke", ["convnet8:convnet8"], (), settings=settings)
+    (job,) = expand(suite, plugins.discover(), data.dataset("digits"), "cpu", "fp32")
+    return job
+
+
+def test_a_run_begins_with_the_images_of_the_named_folder(home: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "made"
+    folder.mkdir()
+    for number, image in enumerate(initial()):
+        Image.fromarray(image[0].numpy()).save(folder / f"{number}.png")
+    job = job_with(folder)
+    teachers.train(data.dataset("digits"), job.teacher, Compute(torch.device("cpu")))
+    record = run(job, Place(tmp_path / "out", device="cpu"))
+    assert (record.status, record.counters.images_made) == ("done", 7 + 2 * B)
+    assert record.knowledge == "images made beforehand"
+    with pytest.raises(UserError, match="there is no folder"):
+        run(job_with(tmp_path / "nowhere"), Place(tmp_path / "out", device="cpu"))

@@ -13,7 +13,7 @@ from dfkd_bench import check, plugins
 from dfkd_bench.losses import logit_distance
 from dfkd_bench.method import Batch, Progress, Task
 from dfkd_bench.methods import kakr, pre_dfkd
-from dfkd_bench.methods.kakr import Config, ImageMemory, Kakr, retention
+from dfkd_bench.methods.kakr import Config, Kakr, retention
 from dfkd_bench.methods.pre_dfkd import PreDfkd
 
 B = 16
@@ -193,22 +193,6 @@ def test_replayed_is_one_of_the_stored_batches(task: Task, student: nn.Module, a
         drawn.add(number)
     assert len(batches) == 2
     assert drawn == set(range(7))
-
-
-def test_the_store_never_holds_more_than_its_capacity(task: Task) -> None:
-    store = ImageMemory(capacity=3, every=1)
-    for epoch in range(8):
-        store.begin(epoch)
-        store.note(torch.full((2, 1, 2, 2), float(epoch)))
-    assert [images[0, 0, 0, 0].item() for images in store.batches] == [4, 5, 6]
-
-
-def test_stored_images_are_copies(task: Task) -> None:
-    store, images = ImageMemory(2, 1), torch.zeros(2, 1, 2, 2)
-    store.note(images)
-    images += 1
-    store.begin(1)
-    assert not store.batches[0].any()
 
 
 def test_without_generative_replay_the_autoencoder_rests(task: Task, student: nn.Module, at: At) -> None:

@@ -53,6 +53,23 @@ def test_an_empty_folder_is_one_line(tmp_path: Path) -> None:
         lend.folder_images(tmp_path, (1, 8, 8))
 
 
+def test_a_folder_that_is_not_there_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"there is no folder .*nowhere$"):
+        lend.folder_images(tmp_path / "nowhere", (1, 8, 8))
+
+
+def test_first_images_have_the_size_of_the_data_sets(tmp_path: Path) -> None:
+    """They were made for the teacher: another size says that the folder is the wrong one."""
+    Image.fromarray(np.zeros((16, 12), np.uint8)).save(tmp_path / "large.png")
+    with pytest.raises(UserError, match=r"large\.png is 12 pixels wide and 16 high, .* 8 and 8"):
+        lend.folder_images(tmp_path, (1, 8, 8))
+
+
+def test_a_pool_may_have_any_size(tmp_path: Path) -> None:
+    Image.fromarray(np.zeros((16, 12), np.uint8)).save(tmp_path / "large.png")
+    assert lend.pool(f"folder:{tmp_path}", data.dataset("digits"), None, CPU).shape == (1, 1, 8, 8)
+
+
 def test_a_broken_image_is_named(tmp_path: Path) -> None:
     (tmp_path / "broken.png").write_bytes(b"nothing")
     with pytest.raises(UserError, match=r"broken\.png"):

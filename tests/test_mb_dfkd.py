@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dfkd_bench.losses import activation, bounded_agreement, class_balance, confidence, logit_distance
 from dfkd_bench.method import Batch, Progress, Task
 from dfkd_bench.methods import kakr
-from dfkd_bench.methods.mb_dfkd import Config, MbDfkd, MemoryBank
+from dfkd_bench.methods.mb_dfkd import Config, MbDfkd
 
 B = 16
 POOL: Any = None  # the method keeps none
@@ -54,32 +54,6 @@ def test_within_an_epoch_nothing_is_stored(task: Task, student: nn.Module, at: A
     for round_ in range(3):
         play_epoch(method, student, at(0, round_=round_))
     assert method.bank.batches == []
-
-
-def test_the_bank_never_holds_more_than_its_capacity() -> None:
-    bank = MemoryBank(capacity=3, every=1)
-    for epoch in range(8):
-        bank.begin(epoch)
-        bank.note(torch.full((2, 1, 2, 2), float(epoch)))
-    assert [images[0, 0, 0, 0].item() for images in bank.batches] == [4, 5, 6]
-
-
-def test_stored_images_are_copies() -> None:
-    bank, images = MemoryBank(2, 1), torch.zeros(2, 1, 2, 2)
-    bank.note(images)
-    images += 1
-    bank.begin(1)
-    assert not bank.batches[0].any()
-
-
-def test_the_bank_survives_a_resume() -> None:
-    bank, fresh = MemoryBank(2, 1), MemoryBank(2, 1)
-    bank.note(torch.ones(2, 1, 2, 2))
-    bank.begin(1)
-    bank.note(torch.zeros(2, 1, 2, 2))
-    fresh.load_state_dict(bank.state_dict())
-    fresh.begin(2)
-    assert [images.mean().item() for images in fresh.batches] == [1, 0]
 
 
 # -- Student batches ------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from dfkd_bench import inversion
 from dfkd_bench.checkpoint import load_tree, save_tree
 from dfkd_bench.method import Progress, Task
 from dfkd_bench.methods import nayer
@@ -347,7 +348,7 @@ def test_the_generators_output_at_the_lowest_loss_is_kept(
 ) -> None:
     """Un-augmented, and from before that step's update: bit by bit what the generator gave."""
     script = iter(losses)
-    monkeypatch.setattr(nayer, "cross_entropy", lambda logits, labels: worth(next(script), logits))
+    monkeypatch.setattr(inversion, "cross_entropy", lambda logits, labels: worth(next(script), logits))
     method = new_method(task, loops=1, batchnorm=0.0, onehot=1.0, adversarial=0.0)
     outputs = outputs_of(method.generator)
     made = method.synthesize(student, at(1))
@@ -360,7 +361,7 @@ def test_the_best_step_is_chosen_in_every_loop_anew(
     task: Task, student: nn.Module, at: At, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     script = iter([1.0, 2.0, 3.0, 9.0, 8.0, 7.0])  # the second loop is worse throughout
-    monkeypatch.setattr(nayer, "cross_entropy", lambda logits, labels: worth(next(script), logits))
+    monkeypatch.setattr(inversion, "cross_entropy", lambda logits, labels: worth(next(script), logits))
     method = new_method(task, batchnorm=0.0, onehot=1.0, adversarial=0.0)
     outputs = outputs_of(method.generator)
     made = method.synthesize(student, at(1))
@@ -382,7 +383,7 @@ def test_the_last_step_is_remembered_not_the_best(
     task: Task, student: nn.Module, at: At, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     script = iter([1.0, 2.0, 3.0])
-    monkeypatch.setattr(nayer, "cross_entropy", lambda logits, labels: worth(next(script), logits))
+    monkeypatch.setattr(inversion, "cross_entropy", lambda logits, labels: worth(next(script), logits))
     method, seen = new_method(task, loops=1), []
     task.teacher.bn1.register_forward_pre_hook(lambda _module, inputs: seen.append(batch_moments(inputs[0].detach())))
     method.synthesize(student, at(0, warmup=0))

@@ -292,3 +292,19 @@ def test_a_card_is_read_without_running_the_file(write: Callable[[str, str], Pat
 def test_an_unknown_method_gets_the_nearest_name() -> None:
     with pytest.raises(UserError, match="unknown method 'nayr': did you mean 'nayer'"):
         plugins.discover().source("nayr")
+
+
+def test_shared_parts_of_methods_count_with_the_file_that_imports_them(
+    write: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "package"
+    package.mkdir()
+    (package / "part.py").write_text("from dfkd_bench.method import Method\nSTEPS = 1\n")
+    (package / "tool.py").write_text("from dfkd_bench.errors import UserError\nSTEPS = 1\n")
+    monkeypatch.setattr(plugins, "__file__", str(package / "plugins.py"))
+    user = write("a", "from dfkd_bench.part import STEPS\nfrom dfkd_bench.tool import STEPS\n" + METHOD)
+    before = source_of(user).source_sha256()
+    (package / "tool.py").write_text("from dfkd_bench.errors import UserError\nSTEPS = 2\n")
+    assert source_of(user).source_sha256() == before
+    (package / "part.py").write_text("from dfkd_bench.method import Method\nSTEPS = 2\n")
+    assert source_of(user).source_sha256() != before

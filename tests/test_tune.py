@@ -16,6 +16,7 @@ from dfkd_bench.plan import Plan
 from dfkd_bench.record import Counters, MethodFacts, Record, Score
 
 SEARCH = {"generator_steps": (10, 20, 30), "loops": (1, 2), "lr": (0.05, 0.1, 0.2)}
+PRESENT = {"generator_steps": 20, "loops": 1, "lr": 0.1}
 
 
 def made(job: Job, accuracy: float) -> Record:
@@ -60,17 +61,42 @@ def call(monkeypatch: pytest.MonkeyPatch, output: Path, *options: str) -> dict[s
 
 
 def test_the_first_trial_is_the_present_setting() -> None:
-    assert tune.draw_trials(SEARCH, 4)[0] == {}
+    assert tune.draw_trials(SEARCH, PRESENT, 4)[0] == {}
 
 
 def test_trials_differ_and_are_the_same_at_every_call() -> None:
-    drawn = tune.draw_trials(SEARCH, 8)
-    assert drawn == tune.draw_trials(SEARCH, 8)
+    drawn = tune.draw_trials(SEARCH, PRESENT, 8)
+    assert drawn == tune.draw_trials(SEARCH, PRESENT, 8)
     assert all(drawn.count(trial) == 1 for trial in drawn)
 
 
 def test_a_small_space_is_drawn_to_its_end_and_no_further() -> None:
-    assert len(tune.draw_trials({"lr": (0.1, 0.2)}, 8)) == 3
+    assert tune.draw_trials({"lr": (0.1,)}, {"lr": 0.5}, 8) == [{}, {"lr": 0.1}]
+
+
+def test_the_present_setting_is_not_tried_again() -> None:
+    drawn = tune.draw_trials(SEARCH, PRESENT, 1000)
+    assert len(drawn) == 3 * 2 * 3
+    assert PRESENT not in drawn
+
+
+@pytest.mark.parametrize("method", ["nayer", "spaceshipnet"])
+def test_no_two_trials_of_a_method_are_the_same_job(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, runs: Runs, method: str
+) -> None:
+    call(monkeypatch, tmp_path, "--methods", method, "--trials", "20", "--finalists", "1", "--seeds", "100")
+    assert len({job.id for job in runs.jobs}) == len(runs.jobs) == 20
+
+
+def test_present_settings_are_the_methods_own_and_its_schedules() -> None:
+    found = tune.plugins.discover()
+    own = found.method("nayer").smoke["digits"]
+    present = tune.present_settings("digits", "smoke", "nayer", ["generator_steps", "lr", "onehot"], found)
+    assert present == {
+        "generator_steps": own.config["generator_steps"],
+        "lr": own.schedule.lr,
+        "onehot": found.method("nayer").Config(**own.config).onehot,
+    }
 
 
 def test_every_trial_gets_the_first_seed_and_the_finalists_the_second(
