@@ -7,15 +7,18 @@ from pathlib import Path
 import pytest
 
 from dfkd_bench import data, plugins
+from dfkd_bench.ablation import RowRecords, read_ablation
+from dfkd_bench.ablation_plan import AblationPlan, plan_ablation
 from dfkd_bench.job import Job
 from dfkd_bench.record import Record, read_all, record_path
+from dfkd_bench.report import ablation_table
 from dfkd_bench.report import table as tables
 from dfkd_bench.suite import expand, read_suite, with_all
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results"
 COMMITTED = sorted(path.stem for path in (RESULTS / "tables").glob("*.md"))
-
+ABLATIONS = sorted(path.stem for path in (RESULTS / "ablations").glob("*.md"))
 
 FOUND = plugins.discover()
 
@@ -59,6 +62,31 @@ def test_every_cell_of_a_committed_table_has_its_record(name: str) -> None:
 @pytest.mark.parametrize("name", COMMITTED)
 def test_committed_figures_are_there(name: str) -> None:
     assert (RESULTS / "figures" / f"{name}.png").is_file()
+
+
+def ablation_of(stem: str) -> tuple[AblationPlan, list[RowRecords]]:
+    """A committed ablation with its records, in the precision that the machine chose that made them."""
+    dataset = next(name for name in ("glyphs16", "fashion_mnist", "digits") if stem.endswith(f"_{name}"))
+    ablation = read_ablation(stem.removesuffix(f"_{dataset}"), dataset, None, None, None, [])
+    plans = [plan_ablation(ablation, FOUND, RESULTS, None, "cpu", precision) for precision in ("fp32", "bf16")]
+    planned = max(plans, key=lambda plan: len(plan.plan.records()))
+    return planned, list(planned.results(planned.plan.records()))
+
+
+@pytest.mark.parametrize("stem", ABLATIONS)
+def test_committed_records_make_the_committed_ablation(stem: str) -> None:
+    planned, results = ablation_of(stem)
+    built = ablation_table.build(planned.ablation, results)
+    place = RESULTS / "ablations" / stem
+    assert ablation_table.to_markdown(built) == place.with_suffix(".md").read_text(encoding="utf-8")
+    verdicts = place.with_name(f"{stem}-verdicts.csv").read_text(encoding="utf-8")
+    assert ablation_table.verdicts_csv(built) == verdicts
+
+
+@pytest.mark.parametrize("stem", ABLATIONS)
+def test_every_row_of_a_committed_ablation_has_five_seeds_or_a_reason(stem: str) -> None:
+    for row in ablation_of(stem)[1]:
+        assert row.missing or len(row.records) == 5, row
 
 
 def test_the_readme_shows_the_committed_table() -> None:
