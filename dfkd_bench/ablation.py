@@ -25,6 +25,7 @@ from dfkd_bench.suite import (
     Suite,
     defaults,
     expand,
+    initial_images,
     is_ablation,
     make_suite,
     parse_seeds,
@@ -182,6 +183,16 @@ def read_ablation(
         settings=given,
         evaluate_on="test" if evaluate_on == "test" else "validation",
     )
+
+
+def with_initial_images(ablation: Ablation, folder: str, found: Plugins) -> Ablation:
+    """The ablation with ``folder`` for all rows whose method takes images to begin with; other settings go before it.
+
+    Raises:
+        UserError: no row has such a method.
+    """
+    images = initial_images(folder, tuple(dict.fromkeys(row.method for row in ablation.rows)), found)
+    return ablation.model_copy(update={"settings": {**images, **ablation.settings}})
 
 
 def _parsed(name: str, content: Mapping[str, Any]) -> _File:

@@ -4,14 +4,40 @@ from __future__ import annotations
 
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, cast
 
 import typer
-from rich.console import Console
 
-from dfkd_bench import __version__
+from dfkd_bench import __version__, printing
 from dfkd_bench.errors import UserError, disk_error, unknown
+from dfkd_bench.options import (
+    DEFAULT_OUTPUT,
+    AblationOptions,
+    DataRoot,
+    DatasetName,
+    Device,
+    FigureFile,
+    Output,
+    PluginFiles,
+    PrecisionName,
+    Protocol,
+    Quiet,
+    TableOptions,
+    Verbose,
+    WorkOptions,
+    spread,
+)
+from dfkd_bench.printing import err, escaped, out, plain
+
+if TYPE_CHECKING:
+    from dfkd_bench.ablation import Ablation
+    from dfkd_bench.ablation_plan import AblationPlan
+    from dfkd_bench.plan import Plan
+    from dfkd_bench.plugins import Plugins
+    from dfkd_bench.record import Record
+    from dfkd_bench.suite import Suite
 
 EXIT_FAILED, EXIT_WRONG_INPUT, EXIT_RESUMABLE, EXIT_CTRL_C = 1, 2, 3, 130
 RERUN = ("failed", "stale")
@@ -27,33 +53,6 @@ app = typer.Typer(
 )
 teacher_app = typer.Typer(help="Train, import, list and verify teachers.", no_args_is_help=True)
 app.add_typer(teacher_app, name="teacher")
-
-# Redirected output has no width of its own; tables in it should not be folded at 80 signs.
-out = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
-err = Console(stderr=True, highlight=False, soft_wrap=True)
-
-# -- options that several commands share ----------------------------------------------------------------------------
-
-SuiteName = Annotated[str | None, typer.Argument(help="A built-in suite or a TOML file; or use --methods.")]
-Methods = Annotated[str | None, typer.Option("--methods", "-m", help="Comma list: nayer,fm.")]
-DatasetName = Annotated[str | None, typer.Option("--dataset", "-d", help="Data set, or folder:PATH.")]
-PairNames = Annotated[str | None, typer.Option("--pair", help="TEACHER:STUDENT, or a comma list of pairs.")]
-Protocol = Annotated[str | None, typer.Option(help="paper or smoke; default: what suits the data set.")]
-Seeds = Annotated[str | None, typer.Option(help="0, 0-2, or 0,3,5-7; default: 0, or the suite's.")]
-Settings = Annotated[list[str] | None, typer.Option("-s", "--set", help="METHOD.SETTING=VALUE; can be repeated.")]
-Controls = Annotated[bool, typer.Option("--controls/--no-controls", help="Rows of scratch, real and noise KD.")]
-PluginFiles = Annotated[list[Path] | None, typer.Option("--plugin", help="A Python file; can be repeated.")]
-DataRoot = Annotated[Path | None, typer.Option(help="Where raw data sets are; default: $DFKD_BENCH_DATA.")]
-Output = Annotated[
-    Path, typer.Option("--output", "-o", envvar="DFKD_BENCH_RESULTS", help="Records, tables and figures go here.")
-]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
-PrecisionName = Annotated[str, typer.Option(help="auto, fp32 or bf16.")]
-SplitName = Annotated[str, typer.Option("--split", help="Evaluate on test, or on validation to choose settings.")]
-Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say more.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress; the result only.")]
-
-DEFAULT_OUTPUT = Path("dfkd-results")
 
 
 def main() -> NoReturn:
@@ -103,14 +102,8 @@ def _wrong_usage(error: Any) -> int:
 
 
 def _complain(line: str) -> int:
-    err.print(f"[bold red]error:[/] {_escaped(' '.join(line.split()))}")
+    err.print(f"[bold red]error:[/] {escaped(' '.join(line.split()))}")
     return EXIT_WRONG_INPUT
-
-
-def _escaped(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)
 
 
 def _version(value: bool) -> None:
@@ -128,231 +121,118 @@ def _root(
     pass
 
 
-# -- run, plan, table, plot -----------------------------------------------------------------------------------------
+# -- run, plan, table, plot, gallery, ablate ------------------------------------------------------------------------
 
 
 @app.command()
-def run(
-    suite: SuiteName = None,
-    methods: Methods = None,
-    dataset: DatasetName = None,
-    pair: PairNames = None,
-    protocol: Protocol = None,
-    seeds: Seeds = None,
-    settings: Settings = None,
-    controls: Controls = True,
-    plugin: PluginFiles = None,
-    data_root: DataRoot = None,
-    output: Output = DEFAULT_OUTPUT,
-    device: Device = "auto",
-    precision: PrecisionName = "auto",
-    split: SplitName = "test",
-    workers: Annotated[int | None, typer.Option(min=1, help="Processes at a time; default: one a device.")] = None,
-    rerun: Annotated[str, typer.Option(help="Also do again what is: failed, stale.")] = "",
-    deterministic: Annotated[bool, typer.Option(help="Deterministic GPU kernels (the CPU always is).")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="The same as `plan`.")] = False,
-    verbose: Verbose = False,
-    quiet: Quiet = False,
-) -> None:
+@spread
+def run(asked: TableOptions, work: WorkOptions, verbose: Verbose = False, quiet: Quiet = False) -> None:
     """Run methods on a data set and print one table. The same command again does only what is left."""
-    from dfkd_bench.engines.local import default_devices
-    from dfkd_bench.plan import carry_out, make_plan
-    from dfkd_bench.progress import show
-    from dfkd_bench.run import Place
+    from dfkd_bench import listing
 
-    again = _rerun(rerun)
-    found = _plugins(plugin)
-    chosen = _suite(suite, methods, dataset, pair, protocol, seeds, settings, controls, split, found)
-    plan_ = make_plan(chosen, found, output, data_root, device, _precision(precision))
-    if dry_run:
-        _print_plan(plan_)
+    again = _rerun(work.rerun)
+    found = _plugins(asked.plugin)
+    chosen = _suite(asked, found)
+    planned = _plan(asked, chosen, found)
+    if work.dry_run:
+        out.print(listing.plan(planned))
         return
-    devices, threads = default_devices(device, workers, plan_.to_run(again))
-    place = Place(
-        output.resolve(), data_root, found.files, device, threads, workers=len(devices), deterministic=deterministic
-    )
-    with show(plan_, err, quiet=quiet) as report:
-        records = carry_out(plan_, found, place, devices, again, report)
-    _print_results(chosen, found, records, output, verbose)
-    if any(record.status == "failed" for record in records):
-        raise typer.Exit(EXIT_FAILED)
+    records = _carry_out(planned, asked, work, found, again, quiet)
+    printing.results(chosen, records, asked.output, verbose)
+    _exit_if_failed(records)
 
 
 @app.command()
-def plan(
-    suite: SuiteName = None,
-    methods: Methods = None,
-    dataset: DatasetName = None,
-    pair: PairNames = None,
-    protocol: Protocol = None,
-    seeds: Seeds = None,
-    settings: Settings = None,
-    controls: Controls = True,
-    plugin: PluginFiles = None,
-    data_root: DataRoot = None,
-    output: Output = DEFAULT_OUTPUT,
-    device: Device = "auto",
-    precision: PrecisionName = "auto",
-    split: SplitName = "test",
-) -> None:
+@spread
+def plan(asked: TableOptions) -> None:
     """Show what would run and what is done, failed or stale. Starts nothing."""
-    from dfkd_bench.plan import make_plan
+    from dfkd_bench import listing
 
-    found = _plugins(plugin)
-    if (ablation := _ablation(suite, methods, dataset, pair, protocol, seeds, settings, split)) is not None:
-        _print_ablation_plan(_ablation_plan(ablation, found, output, data_root, device, precision))
+    found = _plugins(asked.plugin)
+    if (ablation := _ablation_if_named(asked, found)) is not None:
+        out.print(listing.ablation_plan(_ablation_plan(asked, ablation, found)))
         return
-    chosen = _suite(suite, methods, dataset, pair, protocol, seeds, settings, controls, split, found)
-    _print_plan(make_plan(chosen, found, output, data_root, device, _precision(precision)))
+    out.print(listing.plan(_plan(asked, _suite(asked, found), found)))
 
 
 @app.command()
+@spread
 def table(
-    suite: SuiteName = None,
-    methods: Methods = None,
-    dataset: DatasetName = None,
-    pair: PairNames = None,
-    protocol: Protocol = None,
-    seeds: Seeds = None,
-    settings: Settings = None,
-    controls: Controls = True,
-    plugin: PluginFiles = None,
-    data_root: DataRoot = None,
-    output: Output = DEFAULT_OUTPUT,
-    device: Device = "auto",
-    precision: PrecisionName = "auto",
-    split: SplitName = "test",
+    asked: TableOptions,
     form: Annotated[str, typer.Option("--format", "-f", help="text, markdown, csv or latex.")] = "text",
     diversity: Annotated[bool, typer.Option("--diversity", help="How varied the images are, not accuracies.")] = False,
 ) -> None:
     """Print the table of the records at hand. Starts nothing."""
-    from dfkd_bench.report import table as tables
+    from dfkd_bench.report.table import FORMATS
 
-    if form not in tables.FORMATS:
-        raise unknown("format", form, tables.FORMATS)
-    found = _plugins(plugin)
-    if (ablation := _ablation(suite, methods, dataset, pair, protocol, seeds, settings, split)) is not None:
-        _print_ablation(_ablation_plan(ablation, found, output, data_root, device, precision), form)
+    if form not in FORMATS:
+        raise unknown("format", form, FORMATS)
+    found = _plugins(asked.plugin)
+    if (ablation := _ablation_if_named(asked, found)) is not None:
+        printing.ablation(_ablation_plan(asked, ablation, found), form)
         return
-    chosen = _suite(suite, methods, dataset, pair, protocol, seeds, settings, controls, split, found)
-    if diversity:
-        _print_diversity(chosen, _records(chosen, found, output, data_root, device, precision), form)
-        return
-    for built in _tables(chosen, found, _records(chosen, found, output, data_root, device, precision)):
-        _plain(tables.to_text(built, out.width) if form == "text" else tables.FORMATS[form](built))
+    chosen = _suite(asked, found)
+    show = printing.diversity if diversity else printing.table
+    show(chosen, _records(asked, chosen, found), form)
 
 
 @app.command()
-def plot(
-    suite: SuiteName = None,
-    methods: Methods = None,
-    dataset: DatasetName = None,
-    pair: PairNames = None,
-    protocol: Protocol = None,
-    seeds: Seeds = None,
-    settings: Settings = None,
-    controls: Controls = True,
-    plugin: PluginFiles = None,
-    data_root: DataRoot = None,
-    output: Output = DEFAULT_OUTPUT,
-    device: Device = "auto",
-    precision: PrecisionName = "auto",
-    split: SplitName = "test",
-    to: Annotated[Path | None, typer.Option(help="A .png, .svg or .pdf file; default: OUTPUT/figures/.")] = None,
-) -> None:
+@spread
+def plot(asked: TableOptions, to: FigureFile = None) -> None:
     """Draw accuracy against time, or an ablation's rows, from the records at hand. Starts nothing."""
-    found = _plugins(plugin)
-    if (ablation := _ablation(suite, methods, dataset, pair, protocol, seeds, settings, split)) is not None:
-        planned = _ablation_plan(ablation, found, output, data_root, device, precision)
-        out.print(f"figure: {_ablation_figure(planned, planned.plan.records(), output, to)}")
+    found = _plugins(asked.plugin)
+    if (ablation := _ablation_if_named(asked, found)) is not None:
+        planned = _ablation_plan(asked, ablation, found)
+        out.print(f"figure: {printing.ablation_figure(planned, planned.plan.records(), asked.output, to)}")
         return
-    chosen = _suite(suite, methods, dataset, pair, protocol, seeds, settings, controls, split, found)
-    records = _records(chosen, found, output, data_root, device, precision)
-    for path in _figures(chosen, records, output, to):
+    chosen = _suite(asked, found)
+    for path in printing.figures(chosen, _records(asked, chosen, found), asked.output, to):
         out.print(f"figure: {path}")
 
 
 @app.command()
-def gallery(
-    suite: SuiteName = None,
-    methods: Methods = None,
-    dataset: DatasetName = None,
-    pair: PairNames = None,
-    protocol: Protocol = None,
-    seeds: Seeds = None,
-    settings: Settings = None,
-    controls: Controls = True,
-    plugin: PluginFiles = None,
-    data_root: DataRoot = None,
-    output: Output = DEFAULT_OUTPUT,
-    device: Device = "auto",
-    precision: PrecisionName = "auto",
-    split: SplitName = "test",
-    to: Annotated[Path | None, typer.Option(help="A .png, .svg or .pdf file; default: OUTPUT/figures/.")] = None,
-) -> None:
+@spread
+def gallery(asked: TableOptions, to: FigureFile = None) -> None:
     """Draw generated images, a row a method and a column a class, from the runs at hand. Starts nothing."""
     from dfkd_bench import data
     from dfkd_bench.gallery import gallery as draw
 
-    found = _plugins(plugin)
-    chosen = _suite(suite, methods, dataset, pair, protocol, seeds, settings, controls, split, found)
-    records = _records(chosen, found, output, data_root, device, precision)
-    images = data.dataset(chosen.dataset, data_root, found.datasets)
-    for pair_, runs in _by_pair(chosen, records).items():
-        place = _figure_path(chosen, pair_, output, to, "-gallery")
-        path, advice = draw(runs, images, place, chosen.title, [*chosen.controls, *chosen.methods], data_root)
+    found = _plugins(asked.plugin)
+    chosen = _suite(asked, found)
+    records = _records(asked, chosen, found)
+    images = data.dataset(chosen.dataset, asked.data_root, found.datasets)
+    for pair, runs in printing.by_pair(chosen, records).items():
+        place = printing.figure_path(chosen, pair, asked.output, to, "-gallery")
+        path, advice = draw(runs, images, place, chosen.title, printing.order(chosen), asked.data_root)
         for line in advice:
-            err.print(f"[yellow]note:[/] {_escaped(line)}")
+            printing.warn(line, "note")
         out.print(f"figure: {path}")
 
 
 @app.command()
+@spread
 def ablate(
     name: Annotated[str, typer.Argument(help="A built-in ablation (`list suites`) or a TOML file.")],
-    dataset: Annotated[str | None, typer.Option("--dataset", "-d", help="Data set; default: digits.")] = None,
-    pair: Annotated[str | None, typer.Option("--pair", help="TEACHER:STUDENT; default: the data set's.")] = None,
-    protocol: Protocol = None,
-    seeds: Annotated[str | None, typer.Option(help="0, 0-2, or 0,3,5-7; default: the ablation's.")] = None,
-    settings: Settings = None,
-    plugin: PluginFiles = None,
-    data_root: DataRoot = None,
-    output: Output = DEFAULT_OUTPUT,
-    device: Device = "auto",
-    precision: PrecisionName = "auto",
-    split: SplitName = "test",
-    workers: Annotated[int | None, typer.Option(min=1, help="Processes at a time; default: one a device.")] = None,
-    rerun: Annotated[str, typer.Option(help="Also do again what is: failed, stale.")] = "",
-    deterministic: Annotated[bool, typer.Option(help="Deterministic GPU kernels (the CPU always is).")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="The same as `plan`.")] = False,
+    asked: AblationOptions,
+    work: WorkOptions,
     quiet: Quiet = False,
 ) -> None:
     """Run an ablation's rows and print its table with a verdict on each claim. What is left is done, no run twice."""
-    from dfkd_bench.ablation import read_ablation
-    from dfkd_bench.ablation_plan import plan_ablation
-    from dfkd_bench.engines.local import default_devices
-    from dfkd_bench.plan import carry_out
-    from dfkd_bench.progress import show
-    from dfkd_bench.run import Place
+    from dfkd_bench import listing
 
-    again = _rerun(rerun)
-    found = _plugins(plugin)
-    chosen = read_ablation(name, dataset, protocol, pair, seeds, settings or [], split)
-    if dry_run:
-        _print_ablation_plan(_ablation_plan(chosen, found, output, data_root, device, precision))
+    again = _rerun(work.rerun)
+    found = _plugins(asked.plugin)
+    chosen = _ablation(name, asked, found)
+    if work.dry_run:
+        out.print(listing.ablation_plan(_ablation_plan(asked, chosen, found)))
         return
-    planned = plan_ablation(chosen, found, output, data_root, device, _precision(precision), again, encode=True)
+    planned = _ablation_plan(asked, chosen, found, again, encode=True)
     for row in planned.rows:
         if row.missing:
-            err.print(f"[yellow]warning:[/] row '{_escaped(row.row.label)}' is left out: {_escaped(row.missing)}")
-    devices, threads = default_devices(device, workers, planned.plan.to_run(again))
-    place = Place(
-        output.resolve(), data_root, found.files, device, threads, workers=len(devices), deterministic=deterministic
-    )
-    with show(planned.plan, err, quiet=quiet) as report:
-        records = carry_out(planned.plan, found, place, devices, again, report)
-    _print_ablation_results(planned, records, output)
-    if any(record.status == "failed" for record in records):
-        raise typer.Exit(EXIT_FAILED)
+            printing.warn(f"row '{row.row.label}' is left out: {row.missing}")
+    records = _carry_out(planned.plan, asked, work, found, again, quiet)
+    printing.ablation_results(planned, records, asked.output)
+    _exit_if_failed(records)
 
 
 # -- methods --------------------------------------------------------------------------------------------------------
@@ -373,7 +253,7 @@ def check(
     for outcome in run_checks(source, plugins.load(source)):
         mark = "[yellow]quirk[/]" if outcome.declared and outcome.passed else "[green]ok[/]   "
         mark = mark if outcome.passed else "[bold red]FAIL[/] "
-        out.print(f"{mark}  {outcome.name:<34} {_escaped(outcome.detail)}")
+        out.print(f"{mark}  {outcome.name:<34} {escaped(outcome.detail)}")
         failed += not outcome.passed
     out.print(f"{method}: {'all checks hold' if not failed else f'{failed} checks fail'}")
     if failed:
@@ -382,7 +262,7 @@ def check(
 
 @app.command("list")
 def list_(
-    kind: Annotated[str, typer.Argument(help="methods, datasets, models or suites.")],
+    kind: Annotated[str, typer.Argument(help="methods, datasets, models, encoders or suites.")],
     plugin: PluginFiles = None,
 ) -> None:
     """List what can be named. Nothing of it is imported."""
@@ -432,7 +312,7 @@ def speed(
     found = measure.measure(asked, _plugins(plugin), device, _precision(precision), threads or cores_at_hand())
     out.print(report.render(found))
     kept, figure = report.write(found, output)
-    _plain(f"\nnumbers: {kept}\nfigure:  {figure}")
+    plain(f"\nnumbers: {kept}\nfigure:  {figure}")
 
 
 # -- label-text embeddings ------------------------------------------------------------------------------------------
@@ -464,7 +344,7 @@ def encode(
     if not quiet:
         out.print(encode_command.describe(encoded, verbose))
         out.print()
-    _plain(f"matrix: {matrix}\nfigure: {picture}")
+    plain(f"matrix: {matrix}\nfigure: {picture}")
 
 
 # -- teachers -------------------------------------------------------------------------------------------------------
@@ -543,12 +423,12 @@ def doctor(data_root: DataRoot = None) -> None:
 # -- helpers --------------------------------------------------------------------------------------------------------
 
 
-def _plugins(files: list[Path] | None) -> Any:
+def _plugins(files: list[Path] | None) -> Plugins:
     from dfkd_bench import plugins
 
     found = plugins.discover(files or [])
     for line in found.broken.values():
-        err.print(f"[yellow]warning:[/] {_escaped(line)}")
+        printing.warn(line)
     return found
 
 
@@ -566,166 +446,88 @@ def _precision(name: str) -> Literal["auto", "fp32", "bf16"]:
     return cast("Literal['auto', 'fp32', 'bf16']", name)
 
 
-def _suite(
-    name: str | None,
-    methods: str | None,
-    dataset: str | None,
-    pair: str | None,
-    protocol: str | None,
-    seeds: str | None,
-    settings: list[str] | None,
-    controls: bool,
-    split: str,
-    found: Any,
-) -> Any:
-    from dfkd_bench import suite as suites
+def _suite(asked: TableOptions, found: Plugins) -> Suite:
+    from dfkd_bench.suite import from_options
 
-    return suites.from_options(name, methods, dataset, pair, protocol, seeds, settings or [], controls, split, found)
-
-
-def _ablation(
-    name: str | None,
-    methods: str | None,
-    dataset: str | None,
-    pair: str | None,
-    protocol: str | None,
-    seeds: str | None,
-    settings: list[str] | None,
-    split: str,
-) -> Any | None:
-    """The ablation of this name; None if it is a suite or there is no name."""
-    from dfkd_bench import ablation
-
-    if not ablation.names_ablation(name):
-        return None
-    if methods is not None:
-        raise UserError(f"ablation {name} names its methods itself: leave out --methods")
-    return ablation.read_ablation(name or "", dataset, protocol, pair, seeds, settings or [], split)
+    return from_options(
+        name=asked.suite,
+        methods=asked.methods,
+        dataset=asked.dataset,
+        pair=asked.pair,
+        protocol=asked.protocol,
+        seeds=asked.seeds,
+        settings=asked.settings or [],
+        controls=asked.controls,
+        evaluate_on=asked.split,
+        found=found,
+        init_images=asked.init_images,
+    )
 
 
-def _ablation_plan(ablation: Any, found: Any, output: Path, data_root: Path | None, device: str, precision: str) -> Any:
-    from dfkd_bench.ablation_plan import plan_ablation
-
-    return plan_ablation(ablation, found, output, data_root, device, _precision(precision))
-
-
-def _records(suite: Any, found: Any, output: Path, data_root: Path | None, device: str, precision: str) -> list[Any]:
+def _plan(asked: TableOptions, chosen: Suite, found: Plugins) -> Plan:
     from dfkd_bench.plan import make_plan
 
-    records = make_plan(suite, found, output, data_root, device, _precision(precision)).records()
+    return make_plan(chosen, found, asked.output, asked.data_root, asked.device, _precision(asked.precision))
+
+
+def _records(asked: TableOptions, chosen: Suite, found: Plugins) -> list[Record]:
+    records = _plan(asked, chosen, found).records()
     if not records:
-        raise UserError(f"there are no records of this suite in {output}: `dfkd-bench run` makes them")
+        raise UserError(f"there are no records of this suite in {asked.output}: `dfkd-bench run` makes them")
     return records
 
 
-def _by_pair(suite: Any, records: list[Any]) -> dict[str, list[Any]]:
-    by_pair = {pair: [record for record in records if record.job.pair == pair] for pair in suite.pairs}
-    return {pair: chosen for pair, chosen in by_pair.items() if chosen}
+def _ablation(name: str, asked: TableOptions, found: Plugins) -> Ablation:
+    from dfkd_bench.ablation import read_ablation, with_initial_images
+
+    chosen = read_ablation(
+        name, asked.dataset, asked.protocol, asked.pair, asked.seeds, asked.settings or [], asked.split
+    )
+    return chosen if asked.init_images is None else with_initial_images(chosen, asked.init_images, found)
 
 
-def _tables(suite: Any, found: Any, records: list[Any]) -> list[Any]:
-    from dfkd_bench.report import table as tables
+def _ablation_if_named(asked: TableOptions, found: Plugins) -> Ablation | None:
+    """The ablation of this name; None if it is a suite or there is no name."""
+    from dfkd_bench.ablation import names_ablation
 
-    order = [*suite.controls, *suite.methods]
-    return [tables.build(chosen, suite.title, order) for chosen in _by_pair(suite, records).values()]
-
-
-def _print_diversity(suite: Any, records: list[Any], form: str) -> None:
-    from dfkd_bench.report import diversity
-    from dfkd_bench.report import table as tables
-
-    order = [*suite.controls, *suite.methods]
-    for chosen in _by_pair(suite, records).values():
-        if form == "csv":
-            _plain(diversity.to_csv(chosen, order))
-        else:
-            built = diversity.build(chosen, suite.title, order)
-            _plain(tables.to_text(built, out.width) if form == "text" else tables.FORMATS[form](built))
+    if asked.suite is None or not names_ablation(asked.suite):
+        return None
+    if asked.methods is not None:
+        raise UserError(f"ablation {asked.suite} names its methods itself: leave out --methods")
+    return _ablation(asked.suite, asked, found)
 
 
-def _figures(suite: Any, records: list[Any], output: Path, to: Path | None = None) -> list[Path]:
-    from dfkd_bench.report.plots import accuracy_against_time
+def _ablation_plan(
+    asked: TableOptions, chosen: Ablation, found: Plugins, again: Sequence[str] = (), encode: bool = False
+) -> AblationPlan:
+    from dfkd_bench.ablation_plan import plan_ablation
 
-    paths = []
-    done = [record for record in records if record.status == "done"]
-    for pair, chosen in _by_pair(suite, done).items():
-        path = _figure_path(suite, pair, output, to)
-        accuracy_against_time(chosen, path, suite.title, [*suite.controls, *suite.methods])
-        paths.append(path)
-    return paths
+    precision = _precision(asked.precision)
+    return plan_ablation(chosen, found, asked.output, asked.data_root, asked.device, precision, again, encode)
 
 
-def _figure_path(suite: Any, pair: str, output: Path, to: Path | None, kind: str = "") -> Path:
-    """``to``, or a file named after the suite; with several pairs, each has its own."""
-    from dfkd_bench.record import safe_name
+def _carry_out(
+    planned: Plan, asked: TableOptions, work: WorkOptions, found: Plugins, again: Sequence[str], quiet: bool
+) -> list[Record]:
+    from dfkd_bench.engines.local import default_devices
+    from dfkd_bench.plan import carry_out
+    from dfkd_bench.progress import show
+    from dfkd_bench.run import Place
 
-    path = to or output / "figures" / f"{suite.name}{kind}.png"
-    return path if len(suite.pairs) == 1 else path.with_stem(f"{path.stem}-{safe_name(pair)}")
-
-
-def _plain(text: str) -> None:
-    """Text that is laid out already."""
-    out.print(text, markup=False, soft_wrap=True)
-
-
-def _print_results(suite: Any, found: Any, records: list[Any], output: Path, verbose: bool) -> None:
-    from dfkd_bench.record import record_path, write_text
-    from dfkd_bench.report import table as tables
-
-    built = _tables(suite, found, records)
-    for item in built:
-        _plain(tables.to_text(item, out.width))
-    place = output / "tables" / f"{suite.name}.md"
-    write_text(place, "\n".join(tables.to_markdown(item) for item in built))
-    csv = place.with_suffix(".csv")
-    write_text(csv, tables.to_csv(*built))
-    figures = ", ".join(map(str, _figures(suite, records, output)))
-    _plain(f"\ntable:   {place} (and .csv)\nfigure:  {figures or 'none: no run has a curve'}")
-    _plain(f"records: {output / 'records'} ({len(records)} of this table)")
-    if verbose:
-        for record in records:
-            _plain(f"  {record_path(output, record.job)}")
+    devices, threads = default_devices(asked.device, work.workers, planned.to_run(again))
+    place = Place(
+        output=asked.output.resolve(),
+        data_root=asked.data_root,
+        plugin_files=found.files,
+        device=asked.device,
+        threads=threads,
+        workers=len(devices),
+        deterministic=work.deterministic,
+    )
+    with show(planned, err, quiet=quiet) as report:
+        return carry_out(planned, found, place, devices, again, report)
 
 
-def _print_ablation(planned: Any, form: str) -> None:
-    from dfkd_bench.report import ablation_table
-
-    if form not in ablation_table.FORMATS:
-        raise unknown("format of an ablation", form, ablation_table.FORMATS)
-    built = ablation_table.build(planned.ablation, planned.results(planned.plan.records()))
-    _plain(ablation_table.to_text(built, out.width) if form == "text" else ablation_table.FORMATS[form](built))
-
-
-def _print_ablation_results(planned: Any, records: list[Any], output: Path) -> None:
-    from dfkd_bench.record import write_text
-    from dfkd_bench.report import ablation_table
-    from dfkd_bench.report import table as tables
-
-    built = ablation_table.build(planned.ablation, planned.results(records))
-    _plain(ablation_table.to_text(built, out.width))
-    place = output / "ablations" / f"{planned.ablation.stem}.md"
-    write_text(place, ablation_table.to_markdown(built))
-    write_text(place.with_suffix(".csv"), tables.to_csv(built.table))
-    write_text(place.with_name(f"{place.stem}-verdicts.csv"), ablation_table.verdicts_csv(built))
-    finished = any(record.last is not None for record in records)
-    figure = _ablation_figure(planned, records, output) if finished else "none: no run has an accuracy"
-    _plain(f"\ntable:   {place} (and .csv, -verdicts.csv)\nfigure:  {figure}")
-    _plain(f"records: {output / 'records'} ({len(records)} of this ablation)")
-
-
-def _ablation_figure(planned: Any, records: list[Any], output: Path, to: Path | None = None) -> Path:
-    from dfkd_bench.report.ablation_figure import draw
-
-    return draw(planned.ablation, planned.results(records), to or output / "figures" / f"{planned.ablation.stem}.png")
-
-
-def _print_ablation_plan(planned: Any) -> None:
-    from dfkd_bench import listing
-
-    out.print(listing.ablation_plan(planned))
-
-
-def _print_plan(plan_: Any) -> None:
-    from dfkd_bench import listing
-
-    out.print(listing.plan(plan_))
+def _exit_if_failed(records: Sequence[Record]) -> None:
+    if any(record.status == "failed" for record in records):
+        raise typer.Exit(EXIT_FAILED)

@@ -48,4 +48,5 @@ def disk_error(error: OSError) -> UserError | None:
     if error.errno not in _DISK:
         return None
     where = f" {error.filename}" if error.filename else ""
-    return UserError(f"can't write{where}: {error.strerror}. Put that right and run the same command again")
+    done = "open" if error.errno in (errno.EACCES, errno.EPERM) else "write"  # a permission may be one to read
+    return UserError(f"can't {done}{where}: {error.strerror}. Put that right and run the same command again")

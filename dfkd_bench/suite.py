@@ -172,6 +172,7 @@ def from_options(
     controls: bool,
     evaluate_on: str,
     found: Plugins,
+    init_images: str | None = None,
 ) -> Suite:
     """The suite that a command line names: a built-in one or a file with changes, or methods and a data set."""
     if evaluate_on not in ("test", "validation"):
@@ -193,8 +194,11 @@ def from_options(
         overrides["pairs"] = split_list(pair)
     if seeds is not None:
         overrides["seeds"] = parse_seeds(seeds)
-    if settings:
-        overrides["settings"] = {**base.settings, **parse_settings(settings)}
+    given = parse_settings(settings)
+    if init_images is not None:
+        given = {**initial_images(init_images, with_all(base, found).methods, found), **given}
+    if given:
+        overrides["settings"] = {**base.settings, **given}
     if not controls:
         overrides["controls"] = ()
     return with_all(base.model_copy(update=overrides), found)
@@ -259,6 +263,21 @@ def parse_settings(items: Sequence[str]) -> dict[str, Any]:
         except ValueError:  # no JSON, or a number of thousands of digits
             settings[key.strip()] = text
     return settings
+
+
+def initial_images(folder: str, methods: Sequence[str], found: Plugins) -> dict[str, str]:
+    """The settings that give ``folder`` to those of ``methods`` that take images to begin with.
+
+    Raises:
+        UserError: none of them does.
+    """
+    takers = [name for name in methods if "initial_images" in found.method(name).needs]
+    if not takers:
+        raise UserError(
+            f"--init-images {folder}: no method of this table takes images to begin with ({', '.join(methods)}): "
+            "leave it out, or name one that has the setting initial_images"
+        )
+    return {f"{name}.initial_images": folder for name in takers}
 
 
 def flat_settings(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,8 @@ import pytest
 import torch
 
 from dfkd_bench import check, plugins
+from dfkd_bench.check.real_run import two_epoch_run
+from dfkd_bench.check.whole_runs import works_at_8x8_grey
 from dfkd_bench.paths import HOME_VARIABLE
 
 PAGE = (Path(__file__).parent.parent / "docs" / "adding_a_method.md").read_text(encoding="utf-8")
@@ -364,8 +366,8 @@ def test_a_method_that_supports_less_says_so(tmp_path: Path) -> None:
     path.write_text(changed({INIT: INIT + unsupported}), encoding="utf-8")
     subject = check.Subject(plugins.method_file(path), plugins.discover([path]).method("moments"))
     assert subject.bench().case == check.LARGE
-    check.works_at_8x8_grey(subject)
-    check.two_epoch_run(subject)
+    works_at_8x8_grey(subject)
+    two_epoch_run(subject)
 
 
 def test_a_method_that_supports_nothing_fails(tmp_path: Path) -> None:
@@ -379,7 +381,7 @@ def test_label_text_embeddings_from_a_file_are_no_data_file_of_the_method(tmp_pa
     nayer = FOUND.method("nayer")
     tiny = {**nayer.tiny, "encoder": f"file:{tmp_path / 'embeddings.npy'}"}
     subject = check.Subject(FOUND.source("nayer"), type("Nayer", (nayer,), {"tiny": tiny}))
-    check.two_epoch_run(subject)
+    two_epoch_run(subject)
 
 
 def test_nothing_is_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

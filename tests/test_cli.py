@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 import pytest
 import torch
 
-from dfkd_bench import cli, data, listing, plan
+from dfkd_bench import cli, listing, plan
 from dfkd_bench.models import build_model
 from dfkd_bench.record import read_all
 
@@ -79,7 +79,7 @@ def command(home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
 
     monkeypatch.delenv("DFKD_BENCH_DATA", raising=False)
     monkeypatch.delenv("DFKD_BENCH_RESULTS", raising=False)
-    monkeypatch.setattr(data, "_download", no_network)
+    monkeypatch.setattr("dfkd_bench.data._fetch._download", no_network)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.chdir(home.parent)
     before = signal.getsignal(signal.SIGTERM)
@@ -119,6 +119,9 @@ DIGITS = ("-m", "nayer", "-d", "digits")
         (("run", *DIGITS, "-s", "nayer.loops=0"), "nayer: loops: Input should be greater than or equal to 1"),
         (("run", *DIGITS, "-s", "nayer.lr=fast"), "nayer: lr: Input should be a valid number"),
         (("run", *DIGITS, "-s", "nayer.encoder=sbrt"), "sbrt"),
+        (("run", *DIGITS, "--init-images", "made"), "takes images to begin with (nayer): leave it out"),
+        (("plan", "nayer_noise", "--init-images", "made"), "takes images to begin with (nayer): leave it out"),
+        (("ablate", "nayer_noise", "--methods", "fm"), "--methods"),
         (("run", *DIGITS, "--seeds", "2-0"), "did you mean 0-2?"),
         (("run", *DIGITS, "--seeds", "one"), "expected numbers and ranges"),
         (("run", *DIGITS, "--device", "cuda"), "this machine has 0 CUDA devices"),
@@ -283,6 +286,22 @@ def test_plan_starts_nothing(command: Command, home: Path) -> None:
     assert re.search(r"(\d+) jobs: \1 new \(protocol smoke, fp32\)", ended.out)
     assert "teacher to be trained first: wrn16_2 on digits (30 epochs)" in ended.out
     assert list(home.parent.iterdir()) == []
+
+
+ABLATION = """
+title = "Two methods"
+rows = [{ label = "a", method = "cmi" }, { label = "b", method = "nayer" }]
+claims = [{ text = "a is better", source = "a test", compare = [["a", "b"]] }]
+"""
+
+
+@pytest.mark.parametrize("table", [("-m", "cmi,nayer", "-d", "digits"), ("two.toml",)], ids=["suite", "ablation"])
+def test_init_images_reach_the_methods_that_take_some(table: tuple[str, ...], command: Command, home: Path) -> None:
+    write(home.parent, "two.toml", ABLATION)
+    set_by_hand = command("plan", *table, "-s", "cmi.initial_images=made").out
+    assert command("plan", *table, "--init-images", "made").out == set_by_hand
+    assert command("plan", *table, "--init-images", "other", "-s", "cmi.initial_images=made").out == set_by_hand
+    assert command("plan", *table, "--init-images", "other").out != set_by_hand
 
 
 def test_a_dry_run_is_a_plan(command: Command, home: Path) -> None:

@@ -25,11 +25,11 @@ import pytest
 from PIL import Image
 
 from dfkd_bench import class_names, data
-from dfkd_bench.data import DataSet, RawData, dataset, status, stratified
+from dfkd_bench.data import DataSet, RawData, _fetch, _lock, _prepared, dataset, status, stratified
 from dfkd_bench.errors import UserError
 
 RNG = np.random.default_rng(0)
-DOWNLOAD = data._download
+DOWNLOAD = _fetch._download
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +39,7 @@ def _own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setenv("DFKD_BENCH_HOME", str(tmp_path / "home"))
     monkeypatch.delenv("DFKD_BENCH_DATA", raising=False)
-    monkeypatch.setattr(data, "_download", no_network)
+    monkeypatch.setattr(_fetch, "_download", no_network)
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def publish(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Write a raw file and declare its checksum the published one."""
 
     def write(folder: Path, name: str, file: str, content: bytes) -> Path:
-        monkeypatch.setitem(data.CHECKSUMS, f"{name}/{file}", (hashlib.md5(content).hexdigest(),))
+        monkeypatch.setitem(dataset(name).raw.checksums, file, (hashlib.md5(content).hexdigest(),))
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
         (folder / file).write_bytes(content)
         return folder / file
@@ -114,7 +114,7 @@ def test_digits_normalisation_is_that_of_the_training_split() -> None:
 
 
 def test_altered_digits_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(data.CHECKSUMS, "digits", ("0" * 64,))
+    monkeypatch.setattr("dfkd_bench.data.digits._SHA256", "0" * 64)
     with pytest.raises(UserError, match="reinstall scikit-learn"):
         dataset("digits").split("test")
 
@@ -143,11 +143,17 @@ def test_unknown_split_is_refused() -> None:
         TOY.split("valdation")  # type: ignore[arg-type]
 
 
+def test_names_are_those_of_the_files_without_raw_files_and_small_images_first() -> None:
+    expected = "digits glyphs16 glyphs32 mnist fashion_mnist cifar10 cifar100 svhn tiny_imagenet imagenet"
+    assert " ".join(data.dataset_names()) == expected
+
+
 # --- What is opened ---------------------------------------------------------------------------------------------------
 
 OPENED = """
 import sys
 from dfkd_bench import data
+data.dataset_names()
 assert not {"torch", "numpy", "PIL", "sklearn"} & set(sys.modules), "imported too early"
 import numpy.lib.format
 opened = []
@@ -159,7 +165,7 @@ print(*sorted({path for path in opened if sys.argv[1] in path}), sep="\\n")
 
 
 def python(*arguments: str) -> subprocess.Popen[str]:
-    root = str(Path(data.__file__).parents[1])
+    root = str(Path(data.__file__).parents[2])
     return subprocess.Popen(
         [sys.executable, *arguments],
         stdout=subprocess.PIPE,
@@ -289,7 +295,7 @@ def test_missing_fashion_mnist_names_the_package(tmp_path: Path) -> None:
 def test_download_is_verified_and_kept(publish: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     served = tmp_path / "server"
     mnist = small_mnist(publish, served, tmp_path / "raw")
-    monkeypatch.setattr(data, "_download", lambda address: (served / address.rsplit("/", 1)[1]).read_bytes())
+    monkeypatch.setattr(_fetch, "_download", lambda address: (served / address.rsplit("/", 1)[1]).read_bytes())
     mnist.split("test")
     kept = sorted(path.name for path in (tmp_path / "raw" / "mnist").iterdir())
     assert kept == ["t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz"]
@@ -303,13 +309,13 @@ def test_download_fetches_what_is_at_the_address(tmp_path: Path) -> None:
 def test_failed_download_gives_its_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     svhn = dataset("svhn", tmp_path)
     nowhere = replace(svhn, raw=replace(svhn.raw, address=f"{tmp_path.as_uri()}/"))
-    monkeypatch.setattr(data, "_download", DOWNLOAD)
+    monkeypatch.setattr(_fetch, "_download", DOWNLOAD)
     with pytest.raises(UserError, match=r"'svhn' is missing: .* failed \(No such file or directory"):
         nowhere.split("test")
 
 
 def test_wrong_download_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data, "_download", lambda address: b"<html>log in first</html>")
+    monkeypatch.setattr(_fetch, "_download", lambda address: b"<html>log in first</html>")
     with pytest.raises(UserError, match="wrong md5 checksum"):
         dataset("cifar10", tmp_path).split("test")
     assert list(tmp_path.glob("cifar*")) == []
@@ -459,10 +465,7 @@ def test_tiny_imagenet_has_its_names_without_its_files(home: Path) -> None:
     assert names[:2] == ("goldfish", "european fire salamander")
 
 
-def test_tiny_imagenet_names_are_kept_with_the_prepared_files(
-    tiny_imagenet: DataSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(data._BUILT_IN, "tiny_imagenet", tiny_imagenet)
+def test_tiny_imagenet_names_are_kept_with_the_prepared_files(tiny_imagenet: DataSet, tmp_path: Path) -> None:
     before = tiny_imagenet.class_names
     tiny_imagenet.split("test")
     shutil.rmtree(tmp_path / "raw")
@@ -660,7 +663,8 @@ def test_checksums_are_those_of_torchvision() -> None:
         expected |= {f"{name}/{cifar.base_folder}/{file}": md5 for file, md5 in cifar.train_list + cifar.test_list}
         expected[f"{name}/{cifar.filename}"] = cifar.tgz_md5
     expected |= {f"svhn/{file}": md5 for _, file, md5 in (SVHN.split_list["train"], SVHN.split_list["test"])}
-    assert {key: value[0] for key, value in data.CHECKSUMS.items() if key != "digits"} == expected
+    declared = {name: dataset(name).raw.checksums.items() for name in data.dataset_names()}
+    assert {f"{name}/{file}": md5[0] for name, files in declared.items() for file, md5 in files} == expected
 
 
 # --- Prepared files ---------------------------------------------------------------------------------------------------
@@ -694,7 +698,7 @@ def test_damaged_prepared_file_is_named_and_remade(damage: Any, file: int, caplo
 
 def test_large_damaged_file_is_recognised_by_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
     TOY.split("test")
-    monkeypatch.setattr(data, "HASHED_BYTES", 0)
+    monkeypatch.setattr(_prepared, "HASHED_BYTES", 0)
     truncate(TOY.prepared_files("test")[0])
     assert TOY.split("test").images.shape == (10, 1, 2, 2)
 
@@ -732,7 +736,7 @@ def test_full_disk_is_one_line_and_leaves_nothing(monkeypatch: pytest.MonkeyPatc
     def full(*arguments: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(data, "_write_array", full)
+    monkeypatch.setattr(_prepared, "_write_array", full)
     with pytest.raises(UserError, match=r"can't write the prepared 'toy' .*No space left.*\$DFKD_BENCH_HOME"):
         TOY.split("test")
     assert [path.name for path in TOY.folder.iterdir()] == [".test.lock"]
@@ -783,7 +787,7 @@ def test_preparing_at_once_is_safe(locks: bool, readings: int, monkeypatch: pyte
         return read_toy(found, root, part)
 
     if not locks:
-        monkeypatch.setattr(data, "_locked", lambda descriptor: False)
+        monkeypatch.setattr(_lock, "_locked", lambda descriptor: False)
     images = prepare_in_threads(replace(TOY, read=slow), 4)
     assert (len(read), len(images)) == (readings, 4)
     assert all(np.array_equal(image, images[0]) for image in images)

@@ -1,0 +1,23 @@
+"""What a check raises, and errors as one line."""
+
+from __future__ import annotations
+
+from pydantic import ValidationError
+
+
+class Broken(Exception):
+    """A check does not hold; the message is one line."""
+
+
+def one_line(text: str) -> str:
+    """The text with every run of blanks and line breaks as one blank."""
+    return " ".join(text.split())
+
+
+def named(error: BaseException) -> str:
+    """``Type: message`` on one line; of pydantic's long messages the first problem."""
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        return f"{error.title}.{'.'.join(map(str, first['loc']))}: {first['msg']}"
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"

@@ -1,0 +1,64 @@
+"""What is read and what is lent: a part as a reader found it, a split as memory-mapped arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, get_args
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    Images = NDArray[np.uint8]  # [n, C, H, W]
+    Labels = NDArray[np.int64]  # [n]
+
+Split = Literal["train", "validation", "test"]
+SPLITS: tuple[Split, ...] = get_args(Split)
+
+Part = Literal["train", "test"]
+"""What is published. The splits ``train`` and ``validation`` come from the part ``train``."""
+
+BLOCK = 256  # images that are decoded and written at a time
+
+
+@dataclass(frozen=True, eq=False)
+class Arrays:
+    """One split, memory-mapped and read-only: copy before giving it to torch."""
+
+    images: Images  # uint8 [n, C, H, W]
+    labels: Labels  # int64 [n], in the order of the source (often sorted by class)
+
+
+@dataclass(frozen=True, eq=False)
+class RawData:
+    """A part as a reader found it: all labels, and images that are decoded when they are written."""
+
+    labels: Labels  # int64 [n]
+    blocks: Callable[[NDArray[np.int64]], Iterator[Images]]  # row numbers -> uint8 [b, C, H, W], block after block
+
+    @classmethod
+    def of_arrays(cls, images: Images, labels: Labels) -> RawData:
+        """From arrays: uint8 [n, C, H, W] and int64 [n]."""
+
+        def blocks(rows: NDArray[np.int64]) -> Iterator[Images]:
+            for start in range(0, len(rows), BLOCK):
+                yield images[rows[start : start + BLOCK]]
+
+        return cls(labels, blocks)
+
+    @classmethod
+    def of_files(cls, files: Sequence[Path], labels: Labels, decode: Callable[[Path], Images]) -> RawData:
+        """From image files, decoded by several threads; ``decode`` returns uint8 [C, H, W]."""
+
+        def blocks(rows: NDArray[np.int64]) -> Iterator[Images]:
+            from concurrent.futures import ThreadPoolExecutor
+
+            import numpy as np
+
+            with ThreadPoolExecutor() as threads:
+                for start in range(0, len(rows), BLOCK):
+                    yield np.stack(list(threads.map(decode, [files[row] for row in rows[start : start + BLOCK]])))
+
+        return cls(labels, blocks)

@@ -1,0 +1,91 @@
+"""The value ``DataSet``: what is known of a data set, and its splits."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from dfkd_bench.data._arrays import SPLITS, Arrays, Part, RawData, Split
+from dfkd_bench.data._prepared import KINDS, DamagedError, open_split, prepare, prepared_folder
+from dfkd_bench.data._raw import Raw
+from dfkd_bench.data._splits import parts_of
+from dfkd_bench.errors import UserError, unknown
+from dfkd_bench.paths import data_root
+
+_NO_RAW_FILES = Raw()
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """One data set. A plugin builds one of these; ``read(data_set, root, part)`` reads and verifies its raw files."""
+
+    name: str
+    title: str  # one line for ``dfkd-bench list``
+    num_classes: int
+    names: tuple[str, ...] | Callable[[Path], tuple[str, ...]]  # class names, or what finds them (given the data root)
+    image_shape: tuple[int, int, int]  # C, H, W
+    mean: tuple[float, ...]  # per channel, of images in [0, 1]
+    std: tuple[float, ...]
+    flip_keeps_class: bool  # whether a mirrored image is still of its class (not so for digits and letters)
+    validation_size: int  # images cut from the training part
+    source: str  # where it comes from, and its licence
+    read: Callable[[DataSet, Path, Part], RawData]
+    version: str = "1"  # of the preparation: raise it when prepared files would differ
+    sizes: tuple[int, int] | None = None  # images in the training part (with validation) and in the test part
+    raw: Raw = _NO_RAW_FILES
+    one_file: bool = False  # both parts come in one file: all splits are prepared together
+    root: Path | None = None  # ``--data-root``; None: ``$DFKD_BENCH_DATA``, then the home
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Clean text, in the order of the labels. ImageNet's import torchvision, Tiny-ImageNet's need its files."""
+        if not callable(self.names):
+            return self.names
+        kept = self.folder / "class_names.json"
+        if kept.is_file():
+            return tuple(json.loads(kept.read_text(encoding="utf-8")))
+        return self.names(data_root(self.root))
+
+    @property
+    def folder(self) -> Path:
+        """Where the prepared files are."""
+        return prepared_folder(self.name, self.version)
+
+    def prepared_files(self, split: Split) -> tuple[Path, ...]:
+        """The only files that a prepared split opens: images, labels, index."""
+        return (*(self.folder / f"{split}-{kind}.npy" for kind in KINDS), self.folder / f"{split}-index.json")
+
+    def split(self, split: Split, root: Path | None = None) -> Arrays:
+        """Images and labels of one split; prepares it first if that was not done yet.
+
+        ``root``: where raw files are looked for, in place of the data set's own. ``UserError``: raw files are missing
+        or damaged, or there is no room; a damaged prepared file is remade, with a warning that names it.
+        """
+        if split not in SPLITS:
+            raise unknown("split", split, SPLITS)
+        damage = ""
+        try:
+            arrays = open_split(self, split)
+        except DamagedError as error:
+            arrays, damage = None, str(error)
+        if arrays is not None:
+            return arrays
+        if damage:
+            log.warning("%s: it is made again", damage)
+        try:
+            for part in parts_of(self, split):
+                prepare(self, part, data_root(root if root is not None else self.root))
+        except UserError as error:
+            raise UserError(f"{damage}, and can't be made again: {error}") if damage else error from None
+        try:
+            arrays = open_split(self, split)
+        except DamagedError as error:
+            raise UserError(f"{error}, although it was just written: check the disk") from None
+        if arrays is None:
+            raise UserError(f"{self.folder} was removed while '{self.name}' was being prepared: start again")
+        return arrays

@@ -1,0 +1,149 @@
+"""``folder:PATH``: the user's own images, measured on first use."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+from dfkd_bench import class_names
+from dfkd_bench.data._arrays import BLOCK, Part, RawData
+from dfkd_bench.data._dataset import DataSet
+from dfkd_bench.data._fetch import raw_path
+from dfkd_bench.data._image_files import class_folders, image_files, is_gray, read_class_folders
+from dfkd_bench.data._prepared import prepared_folder
+from dfkd_bench.data._raw import Raw
+from dfkd_bench.data._reason import reason
+from dfkd_bench.errors import UserError
+
+if TYPE_CHECKING:
+    from dfkd_bench.data._arrays import Images
+
+FOLDER_PREFIX = "folder:"
+
+
+def image_folder(name: str) -> DataSet:
+    """The user's own images: PATH/train/<class>/ and PATH/test/<class>/.
+
+    The classes are the sorted names of the folders in train/; all images have one size; they are gray if all training
+    images are; a tenth of them is the validation split. Nothing is known of flips, so they are not done.
+    """
+    path = Path(name.removeprefix(FOLDER_PREFIX)).expanduser()
+    for part in get_args(Part):
+        if not (path / part).is_dir():
+            raise UserError(
+                f"{path / part} is not a folder: '{name}' needs train/<class>/ and test/<class>/ with images"
+            )
+    classes = class_folders(path / "train")
+    files = [file for class_name in classes for file in image_files(path / "train" / class_name)]
+    if len(classes) < 2 or len(files) < 10:
+        raise UserError(
+            f"{path / 'train'} has {len(classes)} class folders with {len(files)} images: expected at least 2 and 10"
+        )
+    cache = _cache(name, path)
+    facts = _facts(cache)
+    unmeasured = DataSet(
+        name=name,
+        title=f"{len(classes)} classes of images in {path}",
+        num_classes=len(classes),
+        names=tuple(class_names.clean(class_name) for class_name in classes),
+        image_shape=facts["image_shape"] if facts else _common_shape(files),
+        mean=(),
+        std=(),
+        flip_keeps_class=False,
+        validation_size=len(files) // 10,
+        source="the user's own",
+        read=_read,
+        version=cache.version,
+        raw=Raw(("train",), ("test",), folders=(str(path.resolve()),)),
+    )
+    if facts is None:
+        facts = {"image_shape": unmeasured.image_shape, **_measured(unmeasured.split("train").images)}
+        with tempfile.NamedTemporaryFile("w", dir=unmeasured.folder, delete=False, encoding="utf-8") as file:
+            json.dump(facts, file)
+        os.replace(file.name, cache.facts_file)
+    return replace(unmeasured, mean=tuple(facts["mean"]), std=tuple(facts["std"]))
+
+
+def unmeasured_state(name: str) -> str | None:
+    """The state of a folder that was not measured yet, as ``status`` gives it; None: it was. Opens no image."""
+    path = Path(name.removeprefix(FOLDER_PREFIX)).expanduser()
+    if any(not (path / part).is_dir() for part in get_args(Part)):
+        return f"missing: train and test in {path.resolve()}"
+    return "raw files found" if _facts(_cache(name, path)) is None else None
+
+
+@dataclass(frozen=True)
+class _Cache:
+    """Where a folder's prepared files go: the version is a digest of all names, sizes and times of change."""
+
+    name: str
+    version: str
+
+    @property
+    def facts_file(self) -> Path:
+        """Where shape, mean and standard deviation are kept."""
+        return prepared_folder(self.name, self.version) / "facts.json"
+
+
+def _cache(name: str, path: Path) -> _Cache:
+    digest = hashlib.sha256(str(path.resolve()).encode())
+    for part in get_args(Part):
+        for class_name in class_folders(path / part):
+            for file in image_files(path / part / class_name):
+                facts = file.stat()
+                digest.update(f"{part}/{class_name}/{file.name}\0{facts.st_size}\0{facts.st_mtime_ns}\0".encode())
+    return _Cache(name, f"1-{digest.hexdigest()[:16]}")
+
+
+def _facts(cache: _Cache) -> dict[str, Any] | None:
+    """Image shape, mean and standard deviation, if they were measured."""
+    try:
+        facts = json.loads(cache.facts_file.read_bytes())
+        return {key: tuple(facts[key]) for key in ("image_shape", "mean", "std")}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _read(data: DataSet, root: Path, part: Part) -> RawData:
+    return read_class_folders(data, root, part, class_folders(raw_path(data, root, "train")))
+
+
+def _common_shape(files: Sequence[Path]) -> tuple[int, int, int]:
+    """C, H, W of all images; one channel if all are gray. Reads headers only."""
+    from PIL import Image
+
+    first: tuple[int, int] | None = None
+    gray = True
+    for file in files:
+        try:
+            with Image.open(file) as image:
+                size, mode = (image.height, image.width), image.mode
+        except Exception as error:  # see decode
+            raise UserError(f"{file} can't be read as an image ({reason(error)}): replace or remove it") from None
+        first = first or size
+        if size != first:
+            raise UserError(f"{file} has the size {size}, {files[0]} has {first} (H, W): make them agree")
+        gray = gray and is_gray(mode)
+    height, width = first or (0, 0)
+    return (1 if gray else 3, height, width)
+
+
+def _measured(images: Images) -> dict[str, tuple[float, ...]]:
+    """Mean and standard deviation of each channel of [0, 1] images; exact sums of whole numbers, block by block."""
+    import numpy as np
+
+    channels, count = images.shape[1], images.size // images.shape[1]
+    total, squares = np.zeros(channels, np.int64), np.zeros(channels, np.int64)
+    for start in range(0, len(images), BLOCK):
+        block = images[start : start + BLOCK].astype(np.int64)
+        total += block.sum((0, 2, 3))
+        squares += (block**2).sum((0, 2, 3))
+    mean = total / count
+    std = np.sqrt(np.maximum(squares / count - mean**2, 1.0))  # a channel that never varies: one of 255 levels
+    return {"mean": tuple((mean / 255).tolist()), "std": tuple((std / 255).tolist())}

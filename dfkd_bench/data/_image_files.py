@@ -1,0 +1,87 @@
+"""Images as files in folders: found, decoded, and read in ImageFolder form."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dfkd_bench.data._arrays import RawData
+from dfkd_bench.data._fetch import raw_path
+from dfkd_bench.data._reason import reason
+from dfkd_bench.errors import UserError
+
+if TYPE_CHECKING:
+    from dfkd_bench.data._arrays import Images, Part
+    from dfkd_bench.data._dataset import DataSet
+
+_IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+_MODES = frozenset({"1", "CMYK", "L", "LA", "P", "RGB", "RGBA", "YCbCr"})  # 8 bits a channel
+
+
+def image_files(folder: Path) -> list[Path]:
+    """The image files of a folder, sorted by name."""
+    return sorted(path for path in folder.iterdir() if path.suffix.lower() in _IMAGE_SUFFIXES)
+
+
+def class_folders(folder: Path) -> list[str]:
+    """The names of the folders in a folder, sorted: classes in ImageFolder form."""
+    return sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+
+
+def decode(path: Path, shape: tuple[int, int, int], resize: bool = False) -> Images:
+    """One image file as uint8 [C, H, W].
+
+    ``resize``: the shorter side to 8/7 of H (bilinear), then the centre, as torchvision's Resize(256) and
+    CenterCrop(224). Otherwise another shape is a ``UserError``, as are unreadable files.
+    """
+    import numpy as np
+    from PIL import Image
+
+    channels, height, width = shape
+    try:
+        with Image.open(path) as image:
+            if image.mode not in _MODES:
+                raise UserError(f"{path} has pixels of mode '{image.mode}': expected 8-bit gray or RGB")
+            if not resize and (image.size != (width, height) or (channels == 1 and not is_gray(image.mode))):
+                found = (1 if is_gray(image.mode) else 3, image.height, image.width)
+                raise UserError(
+                    f"{path} has the shape {found}, the first images have {shape} (C, H, W): make them agree"
+                )
+            pixels = image.convert("L" if channels == 1 else "RGB")
+    except UserError:
+        raise
+    except Exception as error:  # Pillow's readers raise many kinds for damaged files
+        raise UserError(f"{path} can't be read as an image ({reason(error)}): replace or remove it") from None
+    if resize:
+        side, short = height * 8 // 7, min(pixels.size)
+        size = (side * pixels.width // short, side * pixels.height // short)
+        pixels = pixels.resize(size, Image.Resampling.BILINEAR)
+        left, top = round((size[0] - width) / 2), round((size[1] - height) / 2)
+        pixels = pixels.crop((left, top, left + width, top + height))
+    array = np.asarray(pixels, np.uint8)
+    return np.ascontiguousarray(array[None] if channels == 1 else array.transpose(2, 0, 1))
+
+
+def is_gray(mode: str) -> bool:
+    """True for Pillow's modes of one channel, with or without transparency."""
+    return mode in {"1", "L", "LA"}
+
+
+def read_class_folders(data: DataSet, root: Path, part: Part, classes: Sequence[str], resize: bool = False) -> RawData:
+    """A part in ImageFolder form: one folder a class."""
+    import numpy as np
+
+    folder = raw_path(data, root, (data.raw.test if part == "test" else data.raw.train)[0])
+    strangers = [name for name in class_folders(folder) if name not in set(classes)]
+    if strangers:
+        raise UserError(f"{folder / strangers[0]} is not one of the {len(classes)} classes of '{data.name}': remove it")
+    files = [(path, label) for label, name in enumerate(classes) for path in _class_files(folder / name)]
+    labels = np.array([label for _, label in files], np.int64)
+    return RawData.of_files([path for path, _ in files], labels, partial(decode, shape=data.image_shape, resize=resize))
+
+
+def _class_files(folder: Path) -> list[Path]:
+    inner = folder / "images"  # Tiny-ImageNet's layout
+    return image_files(inner if inner.is_dir() else folder) if folder.is_dir() else []
