@@ -179,7 +179,7 @@ Dfnd.smoke = {
         schedule=Schedule(epochs=20, student_steps=100, batch_size=128, lr=0.1, lr_min=2e-4),
         config={"pool": "digits", "selected": 1.0, "noisy": 0.0, "temperature": 20.0},
         origin="ours",
-        source="results/trials/glyphs16.json: the settings of digits with 2,000 student steps",
+        source="results/trials/glyphs16.json: digits' settings at 2,000 student steps, and three more trials",
     ),
     "glyphs32": _ours({"pool": "digits"}),
 }

@@ -276,6 +276,6 @@ SpaceshipNet.smoke = {
             "exchange": 0.3,
         },
         origin="ours",
-        source="results/trials/glyphs16.json: the settings of digits with 2,000 student steps",
+        source="results/trials/glyphs16.json: digits' settings at 2,000 student steps, and three more trials",
     ),
 }
