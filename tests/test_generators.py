@@ -183,15 +183,15 @@ def test_the_merged_kernel_is_the_convolution_of_the_up_sampled_map(bias: bool) 
     torch.testing.assert_close(merged, conv(F.interpolate(x, scale_factor=2.0)), rtol=1e-12, atol=1e-12)
 
 
-def test_bf16_takes_the_merged_kernel_and_its_gradients_are_those_of_fp32() -> None:
+def test_bf16_takes_the_merged_kernel_and_its_gradients_are_those_of_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     conv = nn.Conv2d(8, 6, 3, padding=1, bias=False)
     x = torch.randn(4, 8, 4, 4, requires_grad=True)
     weights = torch.randn(4, 6, 8, 8)
     plain = torch.autograd.grad((generators.upsampled_conv(x, conv) * weights).sum(), (x, conv.weight))
+    monkeypatch.setattr(generators.F, "interpolate", None)  # the plain way can't be taken
     with torch.autocast("cpu", dtype=torch.bfloat16):
         images = generators.upsampled_conv(x, conv)
-        assert type(images.grad_fn).__name__ == "ConvolutionBackward0"
         assert images.dtype == torch.bfloat16
         fast = torch.autograd.grad((images * weights).sum(), (x, conv.weight))
     for wanted, got in zip(plain, fast, strict=True):
