@@ -16,6 +16,7 @@ from dfkd_bench.record import Record
 from dfkd_bench.run import Place
 from dfkd_bench.runfolder import RunFolder, lease_is_stale
 from dfkd_bench.suite import Suite, expand
+from dfkd_bench.workload import longest_first
 
 JobState = Literal["new", "interrupted", "running", "done", "failed", "stale"]
 """``interrupted``: goes on from its checkpoint. ``stale``: done, but the method's source has changed since."""
@@ -85,12 +86,13 @@ def _where_it_stands(job: Job, output: Path, source_sha256: str) -> Planned:
 
 @dataclass(frozen=True)
 class Step:
-    """Reported while a plan is carried out. ``index`` counts within the stage."""
+    """Reported while a plan is carried out. ``index`` counts within the stage, ``share`` is its part of the work."""
 
     stage: Literal["data", "embeddings", "teachers", "runs"]
     label: str
     index: int
     count: int
+    share: float = 0.0
     event: local.Event | None = None
 
 
@@ -112,11 +114,13 @@ def carry_out(
         for split in data.SPLITS:
             dataset.split(split, place.data_root)
         tasks = [local.TeacherTask(dataset.name, spec, jobs[0].precision) for spec in plan.missing_teachers]
-        local.train_teachers(tasks, place, devices, _listener("teachers", [_name(task.spec) for task in tasks], report))
+        names, equal = [f"teacher {task.spec.model}" for task in tasks], [1 / len(tasks) for _ in tasks]
+        local.train_teachers(tasks, place, devices, _listener("teachers", names, equal, report))
         for job in jobs:  # a record that is made anew must not be taken for the old one if the run dies
             record.record_path(place.output, job).unlink(missing_ok=True)
+        jobs, shares = longest_first(jobs, found, dataset.num_classes)
         labels = [f"{job.method} seed {job.seed}" for job in jobs]
-        local.run_jobs(jobs, place, devices, _listener("runs", labels, report))
+        local.run_jobs(jobs, place, devices, _listener("runs", labels, shares, report))
     paths = [record.record_path(place.output, item.job) for item in plan.planned]
     return [record.read(path) for path in paths if path.is_file()]
 
@@ -158,11 +162,7 @@ def _needs_are_met(
             raise UserError(f"{name}: {error}") from None
 
 
-def _name(spec: TeacherSpec) -> str:
-    return f"teacher {spec.model}"
-
-
 def _listener(
-    stage: Literal["teachers", "runs"], labels: Sequence[str], report: Callable[[Step], None]
+    stage: Literal["teachers", "runs"], labels: Sequence[str], shares: Sequence[float], report: Callable[[Step], None]
 ) -> local.Listener:
-    return lambda event: report(Step(stage, labels[event.task], event.task, len(labels), event))
+    return lambda event: report(Step(stage, labels[event.task], event.task, len(labels), shares[event.task], event))

@@ -48,7 +48,8 @@ class _Bars:
         self._bars = bars
         self._all: dict[str, TaskID] = {}
         self._running: dict[tuple[str, int], TaskID] = {}
-        self._share: dict[tuple[str, int], float] = {}  # finished part of each task, 0 to 1
+        self._finished: dict[tuple[str, int], float] = {}  # part of each task, 0 to 1
+        self._work: dict[tuple[str, int], float] = {}  # the same as a part of the stage's work
 
     def __call__(self, step: Step) -> None:
         if step.event is None:
@@ -56,7 +57,7 @@ class _Bars:
             return
         if step.stage not in self._all:
             name = "all runs" if step.stage == "runs" else "teachers"
-            self._all[step.stage] = self._bars.add_task(f"[bold]{name}[/]", total=step.count, note=f"0/{step.count}")
+            self._all[step.stage] = self._bars.add_task(f"[bold]{name}[/]", total=1.0, note=f"0/{step.count}")
         key = (step.stage, step.index)
         event = step.event
         if event.state == "started":
@@ -69,15 +70,16 @@ class _Bars:
                 completed=event.epoch,
                 note=f"epoch {event.epoch}/{event.epochs}{accuracy}",
             )
-            self._share[key] = event.epoch / event.epochs
+            self._finished[key] = event.epoch / event.epochs
         else:
-            self._share[key] = 1.0
+            self._finished[key] = 1.0
             if key in self._running:
                 self._bars.remove_task(self._running.pop(key))
             if event.reason:
                 self._bars.console.print(f"[red]{step.label} failed:[/] {event.reason}")
-        done = sum(share for (stage, _), share in self._share.items() if stage == step.stage)
-        finished = sum(share == 1.0 for (stage, _), share in self._share.items() if stage == step.stage)
+        self._work[key] = self._finished.get(key, 0.0) * step.share
+        done = sum(work for (stage, _), work in self._work.items() if stage == step.stage)
+        finished = sum(part == 1.0 for (stage, _), part in self._finished.items() if stage == step.stage)
         self._bars.update(self._all[step.stage], completed=done, note=f"{finished}/{step.count}")
 
 
@@ -88,6 +90,7 @@ class _Lines:
         self._console = console
         self._began: dict[str, float] = {}
         self._done: dict[str, int] = {}
+        self._work: dict[str, float] = {}  # part of the stage's work that is done
         self._accuracy: dict[tuple[str, int], float] = {}
 
     def __call__(self, step: Step) -> None:
@@ -101,8 +104,9 @@ class _Lines:
         if event.state not in ("done", "failed", "busy"):
             return
         done = self._done[step.stage] = self._done.get(step.stage, 0) + 1
+        work = self._work[step.stage] = self._work.get(step.stage, 0.0) + step.share
         elapsed = time.monotonic() - began
-        left = elapsed / done * (step.count - done)
+        left = elapsed / work * max(0.0, 1 - work)
         accuracy = self._accuracy.get((step.stage, step.index))
         result = event.reason or (f"{accuracy:.2f} %" if accuracy is not None else event.state)
         self._console.print(f"{done}/{step.count}  {step.label}: {result}  ({elapsed:.0f} s, about {left:.0f} s left)")

@@ -282,4 +282,19 @@ CaeDfkd.smoke = {
         origin="ours",
         source="results/trials/glyphs16.json: digits' settings at 2,000 student steps, and three more trials",
     ),
+    "fashion_mnist": Published(
+        schedule=Schedule(epochs=23, warmup_epochs=3, student_steps=30, batch_size=128, lr=0.1, lr_min=2e-4),
+        config={
+            **_SMALL,
+            "warmup_loops": 4,
+            "generator_lr": 0.01,
+            "noise_scale": 0.5,
+            "contrast": 0.3,
+            "generator_steps": 10,
+            "loops": 2,
+            "batchnorm": 10.0,
+        },
+        origin="ours",
+        source="results/trials/fashion_mnist.json: the settings of digits",
+    ),
 }

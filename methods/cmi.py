@@ -280,4 +280,20 @@ Cmi.smoke = {
         origin="ours",
         source="results/trials/glyphs16.json: digits' settings at 2,000 student steps, and three more trials",
     ),
+    "fashion_mnist": Published(
+        schedule=Schedule(epochs=20, student_steps=30, batch_size=128, lr=0.1, lr_min=2e-4),
+        config={
+            "synthesis_batch_size": 64,
+            "generator_width": 32,
+            "generator_steps": 45,
+            "generator_lr": 0.005,
+            "negatives": 64,
+            "batchnorm": 10.0,
+            "adversarial": 0.0,
+            "contrast": 0.8,
+            "contrast_temperature": 0.1,
+        },
+        origin="ours",
+        source="results/trials/fashion_mnist.json: the settings of digits",
+    ),
 }

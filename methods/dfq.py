@@ -199,4 +199,19 @@ Dfq.smoke = {
         origin="ours",
         source="results/trials/glyphs16.json: digits' settings at 2,000 student steps, and three more trials",
     ),
+    "fashion_mnist": Published(
+        schedule=Schedule(epochs=20, rounds_per_epoch=6, student_steps=5, batch_size=128, lr=0.2, lr_min=2e-4),
+        config={
+            "synthesis_batch_size": 128,
+            "generator_width": 32,
+            "generator_steps": 5,
+            "sample_bn": "eval",
+            "generator_lr": 0.004,
+            "batchnorm": 1.0,
+            "balance": 20.0,
+            "adversarial": 0.1,
+        },
+        origin="ours",
+        source="results/trials/fashion_mnist.json: the settings of digits",
+    ),
 }

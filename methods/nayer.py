@@ -348,12 +348,6 @@ Nayer.smoke = {
         origin="ours",
         source="results/trials/digits.json: eight trials on the validation split",
     ),
-    "fashion_mnist": Published(
-        schedule=Schedule(epochs=23, warmup_epochs=3, student_steps=30, batch_size=128, lr=0.2, lr_min=2e-4),
-        config={**SMALL, "generator_steps": 30, "batchnorm": 1.0, "adversarial": 0.0},
-        origin="ours",
-        source="results/trials/fashion_mnist.json: those of digits and three more trials on the validation split",
-    ),
     "glyphs16": Published(
         schedule=Schedule(epochs=23, warmup_epochs=3, student_steps=100, batch_size=128, lr=0.2, lr_min=2e-4),
         config={
@@ -367,5 +361,11 @@ Nayer.smoke = {
         },
         origin="ours",
         source="results/trials/glyphs16.json: digits' settings at 2,000 student steps, and three more trials",
+    ),
+    "fashion_mnist": Published(
+        schedule=Schedule(epochs=23, warmup_epochs=3, student_steps=30, batch_size=128, lr=0.2, lr_min=2e-4),
+        config={**SMALL, "generator_steps": 20},
+        origin="ours",
+        source="results/trials/fashion_mnist.json: the settings of digits",
     ),
 }

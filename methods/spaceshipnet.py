@@ -278,4 +278,19 @@ SpaceshipNet.smoke = {
         origin="ours",
         source="results/trials/glyphs16.json: digits' settings at 2,000 student steps, and three more trials",
     ),
+    "fashion_mnist": Published(
+        schedule=Schedule(epochs=20, student_steps=30, batch_size=128, lr=0.2, lr_min=2e-4),
+        config={
+            "synthesis_batch_size": 100,
+            "generator_steps": 50,
+            "generator_width": 32,
+            "generator_lr": 0.005,
+            "batchnorm": 1.0,
+            "class_maps": 1.0,
+            "gradient_maps": 0.1,
+            "exchange": 0.3,
+        },
+        origin="ours",
+        source="results/trials/fashion_mnist.json: the settings of digits",
+    ),
 }

@@ -200,4 +200,18 @@ Zskt.smoke = {
         origin="ours",
         source="results/trials/glyphs16.json: digits' settings at 2,000 student steps, and three more trials",
     ),
+    "fashion_mnist": Published(
+        schedule=Schedule(
+            epochs=20, rounds_per_epoch=6, student_steps=5, batch_size=128, lr=0.1, lr_min=2e-4, clip_norm=5.0
+        ),
+        config={
+            "synthesis_batch_size": 128,
+            "generator_width": 32,
+            "generator_steps": 3,
+            "sample_bn": "train",
+            "attention": 250.0,
+        },
+        origin="ours",
+        source="results/trials/fashion_mnist.json: the settings of digits",
+    ),
 }

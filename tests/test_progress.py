@@ -1,0 +1,39 @@
+"""What a command says while it works."""
+
+from __future__ import annotations
+
+import io
+from types import SimpleNamespace
+
+import pytest
+from rich.console import Console
+
+from dfkd_bench import progress
+from dfkd_bench.engines.local import Event
+from dfkd_bench.plan import Step
+
+
+def run_step(index: int, share: float, state: str, epoch: int = 0) -> Step:
+    return Step("runs", f"run {index}", index, 2, share, Event(index, state, epoch, 10))  # type: ignore[arg-type]
+
+
+def test_the_time_left_is_that_of_the_work_left_not_of_the_runs_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The long run took 80 s; the short one, a fifth of all work, takes 20 more and not 80."""
+    now = 0.0
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: now))
+    lines = io.StringIO()
+    say = progress._Lines(Console(file=lines))
+    say(run_step(0, 0.8, "started"))
+    now = 80.0
+    say(run_step(0, 0.8, "done"))
+    assert "1/2  run 0: done  (80 s, about 20 s left)" in lines.getvalue()
+
+
+def test_the_bar_of_all_runs_grows_by_work() -> None:
+    bars = progress._bars(Console(file=io.StringIO(), force_terminal=True))
+    say = progress._Bars(bars)
+    for step in (run_step(0, 0.8, "started"), run_step(0, 0.8, "running", 5), run_step(1, 0.2, "started")):
+        say(step)
+    assert bars.tasks[0].percentage == pytest.approx(40)
+    say(run_step(1, 0.2, "done"))
+    assert bars.tasks[0].percentage == pytest.approx(60)
