@@ -200,9 +200,11 @@ def keepsakes(seen: Seen) -> dict[str, Tensor]:
 class OnePass:
     """A pool's images in an order of its own (``method.PoolView``): measuring does not move the pool's stream."""
 
-    def __init__(self, images: Tensor, extras: dict[str, Tensor], generator: torch.Generator) -> None:
-        """``images``: uint8 [n, C, H, W]; ``generator``: on the CPU."""
-        self._images, self._extras = images, extras
+    def __init__(
+        self, images: Tensor, extras: dict[str, Tensor], generator: torch.Generator, device: torch.device
+    ) -> None:
+        """``images``: uint8 [n, C, H, W], on ``device`` or in host memory; ``generator``: on the CPU."""
+        self._images, self._extras, self._device = images, extras, device
         self._order = torch.randperm(images.shape[0], generator=generator).to(images.device)
         self._position = 0
 
@@ -219,7 +221,8 @@ class OnePass:
             self._position = 0
         rows = self._order[self._position : self._position + size]
         self._position += size
-        return to_unit(self._images[rows]), {name: values[rows] for name, values in self._extras.items()}
+        images, there = self._images[rows].to(self._device), rows.to(self._device)
+        return to_unit(images), {name: values[there] for name, values in self._extras.items()}
 
 
 def _keys(images: Tensor) -> list[bytes]:

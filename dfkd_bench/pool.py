@@ -1,4 +1,7 @@
-"""The image pool: one growing uint8 tensor on the device, drawn without replacement, pass after pass.
+"""The image pool: one growing uint8 tensor, drawn without replacement, pass after pass.
+
+It lies on the device as long as it takes no more than half of the memory that is free there, and else in host memory,
+from where the next batch is fetched while the device works (``ahead``). Where it lies changes no bit of a batch.
 
 It stands for the released codes' folder of PNG files and their loader (zju-vipa/CMI, datafree/utils/_utils.py:
 ImagePool, DataIter): images are clamped and truncated to 8 bits, every ``add`` starts a new pass with a new
@@ -7,13 +10,16 @@ permutation, and the last batch of a pass is shorter when the pool's size is no 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dfkd_bench.ahead import Ahead
 from dfkd_bench.augment import to_uint8, to_unit
+from dfkd_bench.compute import spare_memory
 from dfkd_bench.shuffle import Shuffle
 
 
@@ -21,6 +27,7 @@ class Pool:
     """Images [n, C, H, W] as uint8 and rows of named extras beside them. With a cap, the newest ``cap`` are kept.
 
     ``full_batches``: a batch is filled up from the next pass, so that all student batches are of one size.
+    ``spare``: bytes that are free on the device now; None where the device's memory is the host's.
     """
 
     def __init__(
@@ -30,10 +37,13 @@ class Pool:
         generator: torch.Generator,
         cap: int | None = None,
         full_batches: bool = False,
+        spare: Callable[[torch.device], int | None] = spare_memory,
     ) -> None:
         self.cap = cap
         self.made = 0  # images ever added
         self._device = device
+        self._spare = spare
+        self._host: Ahead | None = None  # fetches batches if the images lie in host memory
         self._shuffle = Shuffle(generator, device, full_batches)
         self._images = torch.empty((0, *image_shape), dtype=torch.uint8, device=device)
         self._extras: dict[str, Tensor] = {}
@@ -44,7 +54,7 @@ class Pool:
 
     @property
     def images(self) -> Tensor:
-        """The stored images, uint8 [n, C, H, W], oldest first."""
+        """The stored images, uint8 [n, C, H, W], oldest first, where they lie."""
         return self._images[: self._size]
 
     def add(self, images: Tensor, extras: Mapping[str, Tensor] | None = None) -> None:
@@ -63,12 +73,13 @@ class Pool:
 
     def draw(self, size: int) -> Tensor:
         """The next up to ``size`` images of the pass, float32 [b, C, H, W] in [0, 1]."""
-        return to_unit(self._images[self._next(size)])
+        return to_unit(self._take(self._next(size)))
 
     def draw_with_extras(self, size: int) -> tuple[Tensor, dict[str, Tensor]]:
         """The same with the extras' rows of the same images."""
         rows = self._next(size)
-        return to_unit(self._images[rows]), {name: values[rows] for name, values in self._extras.items()}
+        there = rows.to(self._device)
+        return to_unit(self._take(rows)), {name: values[there] for name, values in self._extras.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """Everything but the images and extras, which the checkpoint appends to a file of their own."""
@@ -77,7 +88,7 @@ class Pool:
     def load_state_dict(self, state: Mapping[str, Any], images: Tensor, extras: Mapping[str, Tensor]) -> None:
         """Restore from ``state_dict`` and the stored rows."""
         self._images, self._extras, self._size = self._images[:0], {}, 0
-        self._append(images.to(self._device), {name: rows.to(self._device) for name, rows in extras.items()})
+        self._append(images, {name: rows.to(self._device) for name, rows in extras.items()})
         if self._size != state["size"]:
             raise ValueError(f"the saved pool has {self._size} images, {state['size']} were expected")
         self.made = state["made"]
@@ -93,8 +104,21 @@ class Pool:
             raise RuntimeError("the pool is empty: `synthesize` has returned no images yet")
         return self._shuffle.next(self._size, size)
 
+    def _take(self, rows: Tensor) -> Tensor:
+        if self._host is None:
+            return self._images[rows]
+        taken = self._host.take(self._images, rows)
+        self._host.expect(self._images, self._shuffle.ahead(self._size, rows.shape[0]))
+        return taken
+
     def _append(self, images: Tensor, extras: Mapping[str, Tensor]) -> None:
         wanted = self._size + images.shape[0]
+        if self._host is not None:
+            self._host.forget()
+        elif not self._fits(wanted):
+            self._host = Ahead(self._device)
+            self._images = self._images.cpu()
+            self._shuffle.move(self._images.device)
         self._images = _grown(self._images, self._size, wanted)
         self._images[self._size : wanted] = images
         for name, rows in extras.items():
@@ -108,11 +132,23 @@ class Pool:
             self._extras = {name: rows[drop : self._size].clone() for name, rows in self._extras.items()}
             self._size = self.cap
 
+    def _fits(self, wanted: int) -> bool:
+        """Whether the device can hold ``wanted`` images: the grown tensor takes at most half of what is free now."""
+        spare = self._spare(self._device)
+        if spare is None or self._images.shape[0] >= wanted:
+            return True
+        return 2 * _capacity(self._images, wanted) * math.prod(self._images.shape[1:]) <= spare
+
+
+def _capacity(rows: Tensor, wanted: int) -> int:
+    """Rows of the next tensor: they double, so that adding is linear in the images added."""
+    return max(wanted, 2 * rows.shape[0])
+
 
 def _grown(rows: Tensor, used: int, wanted: int) -> Tensor:
-    """``rows`` with room for ``wanted``; capacity doubles so that adding is linear in the images added."""
+    """``rows`` with room for ``wanted``."""
     if rows.shape[0] >= wanted:
         return rows
-    grown = torch.empty((max(wanted, 2 * rows.shape[0]), *rows.shape[1:]), dtype=rows.dtype, device=rows.device)
+    grown = torch.empty((_capacity(rows, wanted), *rows.shape[1:]), dtype=rows.dtype, device=rows.device)
     grown[:used] = rows[:used]
     return grown

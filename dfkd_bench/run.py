@@ -401,7 +401,7 @@ class _Run:
         """Further student batches, normalised, without the data set's augmentation; one pass over the pool."""
         schedule, pool = self.job.schedule, bench.pool
         stream = torch.Generator().manual_seed(stream_seed(self.job.seed, "diversity"))
-        view = diversity.OnePass(pool.images, pool.extras, stream)
+        view = diversity.OnePass(pool.images, pool.extras, stream, self.device)
         at = Progress(schedule.epochs - 1, schedule.rounds_per_epoch - 1, schedule.epochs, schedule.warmup_epochs)
         while True:
             # A batch may take gradients (a memory's latents are tuned), whatever the looker has switched off.

@@ -21,11 +21,12 @@ def expected_work(job: Job, found: Plugins, num_classes: int) -> float:
 
 
 def longest_first(jobs: Sequence[Job], found: Plugins, num_classes: int) -> tuple[list[Job], list[float]]:
-    """``jobs`` by falling work, equals in their order, and the share of each in the work of all (sums to 1).
+    """``jobs`` seed by seed, the longest first, and the share of each in the work of all (sums to 1).
 
-    The longest first, so that none of them is left to run alone on one of several devices at the end.
+    Seed by seed: a command that is stopped leaves whole comparisons. The longest first: the last runs are short ones,
+    so that none of several devices is idle for long at the end.
     """
     work = {job.id: expected_work(job, found, num_classes) for job in jobs}
-    ordered = sorted(jobs, key=lambda job: -work[job.id])
+    ordered = sorted(jobs, key=lambda job: (job.seed, -work[job.id]))
     total = sum(work.values())
     return ordered, [work[job.id] / total for job in ordered]

@@ -247,7 +247,7 @@ def test_of_many_classes_some_are_kept() -> None:
 
 def test_a_pass_over_the_pool_shows_every_image_once() -> None:
     images = torch.arange(10, dtype=torch.uint8).view(10, 1, 1, 1)
-    view = OnePass(images, {"row": torch.arange(10)}, torch.Generator().manual_seed(0))
+    view = OnePass(images, {"row": torch.arange(10)}, torch.Generator().manual_seed(0), torch.device("cpu"))
     drawn = [view.draw_with_extras(4) for _ in range(3)]
     assert sorted(torch.cat([extras["row"] for _, extras in drawn]).tolist()) == list(range(10))
     assert all(torch.equal(part.mul(255).round().flatten().long(), extras["row"]) for part, extras in drawn)

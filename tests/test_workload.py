@@ -25,17 +25,18 @@ def jobs(found: Plugins) -> list[Job]:
     return expand(suite, found, data.dataset("digits"), "cpu", "fp32")
 
 
-def test_the_longest_run_is_started_first_and_equals_keep_their_order(jobs: list[Job], found: Plugins) -> None:
+def test_seed_by_seed_the_longest_run_is_started_first(jobs: list[Job], found: Plugins) -> None:
     ordered, _ = longest_first(jobs, found, CLASSES)
-    assert [(job.method, job.seed) for job in ordered] == [
-        (method, seed) for method in ("nayer", "fm", "scratch") for seed in (0, 1)
+    assert [(job.seed, job.method) for job in ordered] == [
+        (seed, method) for seed in (0, 1) for method in ("nayer", "fm", "scratch")
     ]
 
 
-def test_shares_add_up_to_one_and_fall(jobs: list[Job], found: Plugins) -> None:
-    _, shares = longest_first(jobs, found, CLASSES)
+def test_shares_are_those_of_the_work_and_add_up_to_one(jobs: list[Job], found: Plugins) -> None:
+    ordered, shares = longest_first(jobs, found, CLASSES)
     assert sum(shares) == pytest.approx(1)
-    assert shares == sorted(shares, reverse=True)
+    work = [expected_work(job, found, CLASSES) for job in ordered]
+    assert [share * sum(work) for share in shares] == pytest.approx(work)
 
 
 def test_a_run_without_synthesis_is_its_student_batches(jobs: list[Job], found: Plugins) -> None:

@@ -1,0 +1,135 @@
+"""A pool in host memory: the same batches as on the device, the next one fetched ahead."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+from torch import Tensor
+
+from dfkd_bench.ahead import Ahead
+from dfkd_bench.compute import spare_memory
+from dfkd_bench.pool import Pool
+from dfkd_bench.shuffle import Shuffle
+
+CPU = torch.device("cpu")
+DEVICES = [
+    CPU,
+    pytest.param(
+        torch.device("cuda", 0),
+        marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    ),
+]
+IMAGE = (1, 2, 2)
+BYTES = 4  # of an image
+
+
+def images(start: int, stop: int, device: torch.device = CPU) -> Tensor:
+    """Images whose every pixel is their number / 255."""
+    return (torch.arange(start, stop, device=device) / 255).view(-1, 1, 1, 1).expand(-1, *IMAGE)
+
+
+def stream(device: torch.device) -> torch.Generator:
+    return torch.Generator(device).manual_seed(0)
+
+
+def two_pools(device: torch.device, cap: int | None = None, full: bool = False) -> tuple[Pool, Pool]:
+    """One whose device has no end, one whose device has no room for 12 images."""
+    return (
+        Pool(IMAGE, device, stream(device), cap, full, spare=lambda _: None),
+        Pool(IMAGE, device, stream(device), cap, full, spare=lambda _: 2 * BYTES * 11),
+    )
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("cap", "full"), [(None, False), (9, False), (None, True)])
+def test_a_pool_in_host_memory_gives_the_same_batches(device: torch.device, cap: int | None, full: bool) -> None:
+    plain, other = two_pools(device, cap, full)
+    for start in range(0, 48, 6):
+        for pool in (plain, other):
+            pool.add(images(start, start + 6, device), {"number": torch.arange(start, start + 6, device=device)})
+        for size in (4, 4, 4, 3, 5):
+            expected, extras = plain.draw_with_extras(size)
+            drawn, others = other.draw_with_extras(size)
+            assert torch.equal(drawn, expected)
+            assert torch.equal(others["number"], extras["number"])
+            assert drawn.device == expected.device
+    assert plain._host is None
+    assert other._host is not None
+    assert other.images.device == CPU
+
+
+def test_a_pool_stays_on_the_device_while_there_is_room() -> None:
+    _, pool = two_pools(CPU)
+    pool.add(images(0, 11))
+    assert pool._host is None
+    pool.add(images(11, 12))  # its tensor would double to 22
+    assert pool._host is not None
+    assert torch.equal(pool.images[:, 0, 0, 0], torch.arange(12, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_saved_pool_goes_on_in_host_memory(device: torch.device) -> None:
+    """Made where there was room, resumed where there is none, in the middle of a pass."""
+    plain, other = two_pools(device)
+    plain.add(images(0, 20, device))
+    plain.draw(7)
+    other.load_state_dict(plain.state_dict(), plain.images.cpu(), {})
+    assert other._host is not None
+    for _ in range(2):  # the rest of the pass: the next one is up to the stream, which a checkpoint holds beside it
+        assert torch.equal(other.draw(5), plain.draw(5))
+
+
+def test_the_expected_batch_is_fetched_before_it_is_asked_for() -> None:
+    ahead, stored, gathered = Ahead(CPU), images(0, 20), threading.Event()
+    fetch = ahead._fetch
+
+    def noted(tensor: Tensor, rows: Tensor) -> Tensor:
+        batch = fetch(tensor, rows)
+        gathered.set()
+        return batch
+
+    ahead._fetch = noted  # type: ignore[method-assign]
+    rows = torch.tensor([3, 1])
+    ahead.expect(stored, rows)
+    assert gathered.wait(timeout=10)
+    gathered.clear()
+    assert torch.equal(ahead.take(stored, rows), stored[rows])
+    assert not gathered.is_set()  # nothing was fetched a second time
+
+
+def test_other_rows_than_expected_are_fetched_anew() -> None:
+    ahead, stored = Ahead(CPU), images(0, 20)
+    ahead.expect(stored, torch.tensor([3, 1]))
+    assert torch.equal(ahead.take(stored, torch.tensor([5])), stored[torch.tensor([5])])
+
+
+def test_nothing_fetched_survives_a_change_of_the_pool() -> None:
+    """With a cap the rows move up: what was fetched ahead are other images by then."""
+    _, pool = two_pools(CPU, cap=12)
+    pool.add(images(0, 12))
+    pool.draw(4)  # the next four are under way
+    pool.add(images(12, 24))
+    drawn = torch.cat([pool.draw(4) for _ in range(3)])
+    assert sorted((drawn[:, 0, 0, 0] * 255).round().int().tolist()) == list(range(12, 24))
+
+
+def test_the_cpu_has_no_memory_of_its_own() -> None:
+    assert spare_memory(CPU) is None
+
+
+def test_the_rows_ahead_are_those_of_the_next_draw() -> None:
+    shuffle = Shuffle(stream(CPU), CPU)
+    shuffle.next(10, 4)
+    expected = shuffle.ahead(10, 3)
+    assert expected is not None
+    assert torch.equal(shuffle.next(10, 3), expected)
+
+
+@pytest.mark.parametrize(("rows", "size"), [(10, 7), (11, 3)])
+def test_rows_of_another_pass_are_not_known_ahead(rows: int, size: int) -> None:
+    """Seven are more than are left; a pool that has grown begins a new pass."""
+    shuffle = Shuffle(stream(CPU), CPU)
+    shuffle.next(10, 4)
+    assert shuffle.ahead(rows, size) is None
