@@ -18,11 +18,16 @@ from dfkd_bench.record import Record
 
 @dataclass(frozen=True)
 class PlannedRow:
-    """A row with its jobs in the order of the seeds. ``missing``: why what is left of them can't run; "": it can."""
+    """A row with its jobs in the order of the seeds.
+
+    ``missing``: why what is left of them can't run; "": it can. It is the same on every machine, since tables show it.
+    ``trouble``: what went wrong when it was tried to change that, which is about this machine.
+    """
 
     row: Row
     planned: tuple[Planned, ...]
     missing: str = ""
+    trouble: str = ""
 
 
 @dataclass(frozen=True)
@@ -80,7 +85,7 @@ def plan_ablation(
         except UserError as error:
             raise UserError(f"ablation {ablation.name}, row '{row.label}': {error}") from None
     rows = tuple(
-        PlannedRow(row, plan.planned, _why_not(plan, found, dataset, rerun, encode))
+        PlannedRow(row, plan.planned, *_why_not(plan, found, dataset, rerun, encode))
         for row, plan in zip(ablation.rows, plans, strict=True)
     )
     return AblationPlan(ablation, _merged(plans, rows, rerun), rows)
@@ -98,17 +103,24 @@ def _merged(plans: Sequence[Plan], rows: Sequence[PlannedRow], rerun: Sequence[s
     return Plan(plans[0].suite, tuple(planned), tuple(teachers.values()))
 
 
-def _why_not(plan: Plan, found: Plugins, dataset: DataSet, rerun: Sequence[str], encode: bool) -> str:
-    """Why the jobs that are left can't run: their label-text embeddings are not at hand."""
+def _why_not(plan: Plan, found: Plugins, dataset: DataSet, rerun: Sequence[str], encode: bool) -> tuple[str, str]:
+    """Why the jobs that are left can't run, that is which label-text embeddings are not at hand, and what went wrong
+    when they were to be made."""
     if not plan.to_run(rerun):
-        return ""
+        return "", ""
     job = plan.planned[0].job
     method = found.method(job.method)
     if not method.reads_label_text(method.Config(**job.config)):
-        return ""
-    get = text.ensure if encode else text.load
+        return "", ""
+    wanted = (dataset.name, dataset.class_names, job.config["encoder"], job.config["prompt"], found.encoders)
+    trouble = ""
+    if encode:
+        try:
+            text.ensure(*wanted)
+        except UserError as error:
+            trouble = str(error)
     try:
-        get(dataset.name, dataset.class_names, job.config["encoder"], job.config["prompt"], found.encoders)
+        text.load(*wanted)
     except UserError as error:
-        return str(error)
-    return ""
+        return str(error), trouble
+    return "", ""

@@ -1,4 +1,4 @@
-"""Batches of a tensor in host memory, brought to the device; the next one is fetched while the device works."""
+"""Host memory for what the device can't hold: batches are brought there, the next one while the device works."""
 
 from __future__ import annotations
 
@@ -6,6 +6,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 from torch import Tensor
+
+
+def spare_memory(device: torch.device) -> int | None:
+    """Bytes on a GPU that nothing lives in now, those kept by PyTorch's allocator included; None on the CPU."""
+    if device.type != "cuda":
+        return None
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 class Ahead:

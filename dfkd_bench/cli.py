@@ -229,7 +229,7 @@ def ablate(
     planned = _ablation_plan(asked, chosen, found, again, encode=True)
     for row in planned.rows:
         if row.missing:
-            printing.warn(f"row '{row.row.label}' is left out: {row.missing}")
+            printing.warn(f"row '{row.row.label}' is left out: {row.trouble or row.missing}")
     records = _carry_out(planned.plan, asked, work, found, again, quiet)
     printing.ablation_results(planned, records, asked.output)
     _exit_if_failed(records)

@@ -75,14 +75,6 @@ def cores_at_hand() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def spare_memory(device: torch.device) -> int | None:
-    """Bytes on a GPU that nothing lives in now, those kept by PyTorch's allocator included; None on the CPU."""
-    if device.type != "cuda":
-        return None
-    free, _ = torch.cuda.mem_get_info(device)
-    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-
-
 def set_threads(count: int) -> None:
     """Threads of this process, which begins to compute now.
 

@@ -17,9 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dfkd_bench.ahead import Ahead
+from dfkd_bench.ahead import Ahead, spare_memory
 from dfkd_bench.augment import to_uint8, to_unit
-from dfkd_bench.compute import spare_memory
 from dfkd_bench.shuffle import Shuffle
 
 

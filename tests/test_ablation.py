@@ -468,6 +468,20 @@ def test_a_row_without_its_embeddings_is_left_out_and_says_why(tmp_path: Path, h
     assert missing.planned[0].job.id not in {one.job.id for one in plan.plan.planned}
 
 
+def test_the_reason_in_a_table_is_the_same_whether_encoding_was_tried(
+    tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def offline(*_: object) -> None:
+        raise UserError("no connection")
+
+    monkeypatch.setattr("dfkd_bench.text.ensure", offline)
+    chosen = read_ablation("nayer_encoders", seeds="0")
+    tried = ablation_plan.plan_ablation(chosen, FOUND, tmp_path, device="cpu", precision="fp32", encode=True)
+    before, after = (next(item for item in plan.rows if item.missing) for plan in (planned(chosen, tmp_path), tried))
+    assert (before.missing, before.trouble) == (after.missing, "")
+    assert after.trouble == "no connection"
+
+
 def test_a_row_that_reads_no_text_needs_no_embeddings(tmp_path: Path, home: Path) -> None:
     plan = planned(read_ablation("nayer_encoders", seeds="0", settings=["nayer.encoder=clip"]), tmp_path)
     assert next(item for item in plan.rows if item.row.label == "noise, 384").missing == ""

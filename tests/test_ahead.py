@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dfkd_bench.ahead import Ahead
-from dfkd_bench.compute import spare_memory
+from dfkd_bench.ahead import Ahead, spare_memory
 from dfkd_bench.pool import Pool
 from dfkd_bench.shuffle import Shuffle
 
@@ -81,7 +80,7 @@ def test_a_saved_pool_goes_on_in_host_memory(device: torch.device) -> None:
         assert torch.equal(other.draw(5), plain.draw(5))
 
 
-def test_the_expected_batch_is_fetched_before_it_is_asked_for() -> None:
+def test_the_expected_batch_is_fetched_before_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     ahead, stored, gathered = Ahead(CPU), images(0, 20), threading.Event()
     fetch = ahead._fetch
 
@@ -90,7 +89,7 @@ def test_the_expected_batch_is_fetched_before_it_is_asked_for() -> None:
         gathered.set()
         return batch
 
-    ahead._fetch = noted  # type: ignore[method-assign]
+    monkeypatch.setattr(ahead, "_fetch", noted)
     rows = torch.tensor([3, 1])
     ahead.expect(stored, rows)
     assert gathered.wait(timeout=10)
