@@ -286,3 +286,9 @@ def test_a_full_disk_is_no_failed_run(fresh: Path, tmp_path: Path, monkeypatch: 
             run(job, Place(tmp_path, device="cpu"))
     assert not record_path(tmp_path, job).exists()
     assert run(job, Place(tmp_path, device="cpu")).status == "done"
+
+
+@pytest.mark.parametrize(("devices", "imported"), [(["cpu", "cpu"], True), (["cuda:0"], False)])
+def test_the_fork_server_counts_no_gpus(devices: list[str], imported: bool) -> None:
+    """torch._dynamo does when it is imported; on the CPU it is imported once for all runs."""
+    assert ("torch._dynamo" in local._preloaded(devices)) == imported

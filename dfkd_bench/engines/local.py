@@ -100,7 +100,7 @@ def _all(
 ) -> list[str]:
     """Work through ``tasks``; returns for each "" or how it ended otherwise ("busy", a reason)."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["dfkd_bench.run"])
+    context.set_forkserver_preload(_preloaded(devices))
     _start_fork_server()
     waiting = deque((index, 1) for index in range(len(tasks)))
     attempts = dict.fromkeys(range(len(tasks)), 0)
@@ -146,6 +146,15 @@ def _all(
     finally:
         _stop(running)
     return endings
+
+
+def _preloaded(devices: Sequence[str]) -> list[str]:
+    """What the fork server imports once for all runs.
+
+    The first optimizer of a process imports torch._dynamo, which takes longer than all else before a run's first step.
+    Its import counts the GPUs, which must not happen before a fork, so runs on GPUs import it themselves.
+    """
+    return ["dfkd_bench.run", *(["torch._dynamo"] if set(devices) == {"cpu"} else [])]
 
 
 def _start_fork_server() -> None:
