@@ -364,8 +364,16 @@ Nayer.smoke = {
     ),
     "fashion_mnist": Published(
         schedule=Schedule(epochs=23, warmup_epochs=3, student_steps=30, batch_size=128, lr=0.2, lr_min=2e-4),
-        config={**SMALL, "generator_steps": 20},
+        config={
+            **SMALL,
+            "generator_steps": 30,
+            "loops": 2,
+            "warmup_loops": 4,
+            "generator_lr": 0.01,
+            "batchnorm": 1.0,
+            "adversarial": 0.0,
+        },
         origin="ours",
-        source="results/trials/fashion_mnist.json: the settings of digits",
+        source="results/trials/fashion_mnist.json: the settings of digits and three more validation trials",
     ),
 }

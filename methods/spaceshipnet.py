@@ -291,6 +291,6 @@ SpaceshipNet.smoke = {
             "exchange": 0.3,
         },
         origin="ours",
-        source="results/trials/fashion_mnist.json: the settings of digits",
+        source="results/trials/fashion_mnist.json: the settings of digits and three more validation trials",
     ),
 }

@@ -297,6 +297,6 @@ TaDfkd.smoke = {
             "selection": 0.0,
         },
         origin="ours",
-        source="results/trials/fashion_mnist.json: the settings of digits",
+        source="results/trials/fashion_mnist.json: the settings of digits and three more validation trials",
     ),
 }
