@@ -63,16 +63,18 @@ def run_both(
 
 
 def compared(made: Mapping[Precision, Sequence[Record]], method: str, margin: float) -> dict[str, Any]:
-    """What is kept of one method. ``UserError``: no seed has an accuracy in both precisions."""
+    """What is kept of one method. ``UserError``: a run failed, or is under way elsewhere; no seed is left out."""
+    own = {precision: [run for run in runs if run.job.method == method] for precision, runs in made.items()}
+    for precision, runs in own.items():
+        if broken := next((run for run in runs if run.status != "done"), None):
+            raise UserError(f"{method} seed {broken.job.seed} in {precision}: {broken.reason}")
     accuracy = {
-        precision: {run.job.seed: run.last.accuracy for run in runs if run.job.method == method and run.last}
-        for precision, runs in made.items()
+        precision: {run.job.seed: run.last.accuracy for run in runs if run.last} for precision, runs in own.items()
     }
-    if not accuracy["bf16"].keys() & accuracy["fp32"].keys():
-        reason = next((run.reason for runs in made.values() for run in runs if run.reason), "no run has ended")
-        raise UserError(f"{method}: no seed was run in both precisions ({reason})")
+    if not accuracy["bf16"] or accuracy["bf16"].keys() != accuracy["fp32"].keys():
+        raise UserError(f"{method}: some of its runs are under way elsewhere; call this again when they are over")
     difference = paired_difference(accuracy["bf16"], accuracy["fp32"])
-    first = next(run for run in made["bf16"] if run.job.method == method)
+    first = own["bf16"][0]
     return {
         "pair": first.job.pair,
         "evaluated_on": first.job.evaluate_on,

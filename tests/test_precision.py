@@ -109,14 +109,29 @@ def test_a_margin_of_nothing_is_refused(
     assert runs.jobs == []
 
 
-def test_runs_that_all_failed_are_an_error_with_their_reason(
+def test_one_failed_run_is_an_error_with_its_reason_and_no_gap(
     monkeypatch: pytest.MonkeyPatch, home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def failing(plan: Plan, *_others: Any) -> list[Record]:
         failed = {"status": "failed", "outcome": None, "last": None, "reason": "out of memory"}
-        return [made(item.job, 0).model_copy(update=failed) for item in plan.planned]
+        runs = [made(item.job, 90.0) for item in plan.planned]
+        return [run.model_copy(update=failed) if run.job.seed == 1 else run for run in runs]
 
     monkeypatch.setattr(precision, "carry_out", failing)
+    with pytest.raises(SystemExit) as ended:
+        call(monkeypatch, tmp_path, "--methods", "fm", "--seeds", "0-2")
+    assert ended.value.code == 2
+    assert "fm seed 1 in fp32: out of memory" in capsys.readouterr().err
+
+
+def test_runs_that_are_under_way_elsewhere_are_waited_for(
+    monkeypatch: pytest.MonkeyPatch, home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def elsewhere(plan: Plan, *_others: Any) -> list[Record]:
+        jobs = [item.job for item in plan.planned]
+        return [made(job, 90.0) for job in jobs if job.precision == "fp32" or job.seed == 0]
+
+    monkeypatch.setattr(precision, "carry_out", elsewhere)
     with pytest.raises(SystemExit):
-        call(monkeypatch, tmp_path, "--methods", "fm", "--seeds", "0")
-    assert "fm: no seed was run in both precisions (out of memory)" in capsys.readouterr().err
+        call(monkeypatch, tmp_path, "--methods", "fm", "--seeds", "0-1")
+    assert "under way elsewhere" in capsys.readouterr().err
