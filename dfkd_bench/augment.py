@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dfkd_bench.exact import exact
+
 
 class Normalize:
     """[0, 1] images to the teacher's input space: ``(x - mean) / std`` per channel; ``inverse`` goes back."""
@@ -138,10 +140,9 @@ def _enlarged(
     rows = _interpolation(*vertical, images.shape[2]).to(images.dtype)
     columns = _interpolation(*horizontal, images.shape[3]).to(images.dtype)
     columns = torch.where(flip.view(-1, 1, 1), columns.flip(1), columns)
-    # Two small matrix products an image: unlike grid_sample's, their gradient is deterministic on a GPU. Under
-    # autocast they would be bf16, with as many bits as the pool keeps.
-    with torch.autocast(images.device.type, enabled=False):
-        return torch.einsum("nhy,ncyx,nwx->nchw", rows, images, columns)
+    # Two small matrix products an image: unlike grid_sample's, their gradient is deterministic on a GPU. In bf16 they
+    # would have as many bits as the pool keeps.
+    return torch.einsum("nhy,ncyx,nwx->nchw", exact(rows), exact(images), exact(columns)).to(images.dtype)
 
 
 def _interpolation(start: Tensor, size: Tensor, length: int) -> Tensor:

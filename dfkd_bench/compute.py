@@ -27,9 +27,13 @@ class Compute:
     precision: Precision = "fp32"
 
     def autocast(self) -> AbstractContextManager[object]:
-        """The context in which networks run."""
+        """The context in which networks run.
+
+        Without autocast's cache: it keeps a weight's bf16 copy until the context ends, whatever an optimizer does to
+        the weight in between, and a method makes all steps of a batch of images in one.
+        """
         if self.precision == "bf16":
-            return torch.autocast(self.device.type, dtype=torch.bfloat16)
+            return torch.autocast(self.device.type, dtype=torch.bfloat16, cache_enabled=False)
         return contextlib.nullcontext()
 
     def place(self, model: nn.Module) -> nn.Module:

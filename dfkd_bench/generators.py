@@ -21,6 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dfkd_bench.exact import exact
+
 ImageShape = tuple[int, int, int]
 """C, H, W of the images to be made."""
 
@@ -269,13 +271,13 @@ class SpectralConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """As ``nn.Conv2d``."""
-        with torch.autocast(x.device.type, enabled=False):
-            matrix = self.weight.flatten(1)
-            if self.training:
-                with torch.no_grad():
-                    self.v = F.normalize(matrix.T @ self.u, dim=0)
-                    self.u = F.normalize(matrix @ self.v, dim=0)
-            weight = self.weight / (self.u @ (matrix @ self.v))
+        matrix, u, v = exact(self.weight.flatten(1)), exact(self.u), exact(self.v)
+        if self.training:
+            with torch.no_grad():
+                v = F.normalize(matrix.T @ u, dim=0)
+                u = F.normalize(matrix @ v, dim=0)
+                self.u, self.v = u.to(self.u.dtype), v.to(self.v.dtype)
+        weight = self.weight / (u @ (matrix @ v)).to(self.weight.dtype)
         return self._conv_forward(x, weight, self.bias)
 
 

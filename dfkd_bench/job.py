@@ -16,6 +16,10 @@ PROTOCOL_VERSION = 1
 ProtocolName = Literal["paper", "equal", "smoke"]
 Precision = Literal["fp32", "bf16"]
 
+ARITHMETIC: dict[Precision, int] = {"fp32": 1, "bf16": 2}
+"""Raised whenever a precision computes other numbers from the same job: then its jobs are new ones, and no old result
+is taken for theirs. bf16, 1: weights were those of a batch's first generator step in all of its steps."""
+
 
 class Recipe(Frozen):
     """How a teacher is trained on real data; the last epoch counts. Defaults: the CIFAR recipe of NAYER's
@@ -73,6 +77,8 @@ class Job(Frozen):
         identity = self.model_dump(mode="json", exclude={"origin", "source"})
         if self.generation_cap is None:  # the ids of the other protocols' jobs do not know of it
             del identity["generation_cap"]
+        if ARITHMETIC[self.precision] > 1:  # nor those of fp32 of this
+            identity["arithmetic"] = ARITHMETIC[self.precision]
         return digest(identity)[:12]
 
 

@@ -13,9 +13,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dfkd_bench.exact import exact
+
 
 def _full(logits: Tensor) -> Tensor:
     return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+
+
+def _as_full(product: Tensor, operand: Tensor) -> Tensor:
+    """A product of ``exact`` operands in the precision that ``_full`` gives one of them."""
+    return product if operand.dtype == torch.float64 else product.float()
 
 
 def kl_rows(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
@@ -92,9 +99,8 @@ def supervised_contrastive(embeddings: Tensor, labels: Tensor, temperature: floa
     Similarity: exp(cosine / temperature). Positives of a row: the other rows with its label [b]; a row without any
     is left out. Source: Khosla et al., "Supervised Contrastive Learning" (NeurIPS 2020), eq. 2.
     """
-    with torch.autocast(embeddings.device.type, enabled=False):
-        unit = F.normalize(_full(embeddings), dim=1)
-        similarity = unit @ unit.T / temperature
+    unit = exact(F.normalize(_full(embeddings), dim=1))
+    similarity = _as_full(unit @ unit.T, embeddings) / temperature
     itself = torch.eye(labels.shape[0], dtype=torch.bool, device=labels.device)
     positive = (labels.unsqueeze(0) == labels.unsqueeze(1)) & ~itself
     log_share = similarity - similarity.masked_fill(itself, -math.inf).logsumexp(dim=1, keepdim=True)
@@ -109,8 +115,7 @@ def class_activation_maps(features: Tensor, weight: Tensor) -> Tensor:
     Without the classifier's bias; averaged over h and w these are the logits less the bias. Source: Zhou et al.,
     "Learning Deep Features for Discriminative Localization" (CVPR 2016), eq. 2.
     """
-    with torch.autocast(features.device.type, enabled=False):
-        return F.conv2d(_full(features), _full(weight)[:, :, None, None])
+    return _as_full(F.conv2d(exact(_full(features)), exact(_full(weight))[:, :, None, None]), features)
 
 
 def grad_cam(features: Tensor, gradients: Tensor) -> Tensor:
@@ -157,10 +162,9 @@ def contrastive_rows(queries: Tensor, keys: Tensor, temperature: float) -> Tenso
     ``queries`` and ``keys``: [N, d], row i belongs to row i, not normalised. Gradient reaches the queries only.
     Source: CMI (IJCAI 2021), contrastive loss; zju-vipa/CMI, datafree/synthesis/contrastive.py.
     """
-    with torch.autocast(queries.device.type, enabled=False):
-        query = F.normalize(_full(queries), dim=1)
-        key = F.normalize(_full(keys.detach()), dim=1)
-        logits = query @ key.T / temperature
+    query = exact(F.normalize(_full(queries), dim=1))
+    key = exact(F.normalize(_full(keys.detach()), dim=1))
+    logits = _as_full(query @ key.T, queries) / temperature
     return logits.logsumexp(dim=1) - logits.diagonal()
 
 

@@ -186,6 +186,7 @@ FastMeta.search = {
     "batchnorm": (1.0, 10.0),
     "adversarial": (0.0, 1.1),
     "lr": (0.05, 0.1, 0.2),
+    "meta_lr": (0.02, 0.04, 0.1),
 }
 FastMeta.smoke = {
     "digits": Published(
