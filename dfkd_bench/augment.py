@@ -115,7 +115,8 @@ def random_resized_crop_flip(
     ``scale`` and a width / height uniform in logarithm in ``ratio``, in whole pixels and at a uniform place. Of ten
     draws the first that fits into the image counts, and the whole image if none does. Interpolation is bilinear,
     corner pixels on corner pixels; flips have probability 1/2 (never if not ``flip``).
-    Source: kornia's RandomResizedCrop as used in zju-vipa/CMI, datafree/synthesis/contrastive.py.
+    Source: kornia's RandomResizedCrop as used in zju-vipa/CMI, datafree/synthesis/contrastive.py; its draw does not
+    accept a part as high or as wide as the image, this one does.
     """
     n, _, height, width = images.shape
     device = images.device

@@ -24,6 +24,8 @@ Differences from the released code
 6. Losses and the choice of the best step stay on the device.
 7. Initial images are read once and lie in the pool, as its oldest; the released loader reads their folder beside that
    of the pool. Neither puts them into the bank.
+8. A local view may span the image's full height or width; kornia's draw accepts smaller parts alone. At 32x32 that is
+   about one view in twelve.
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ CARD = {
 
 
 class DeepInversionConfig(MethodConfig):
-    """Defaults: zju-vipa/CMI, scripts/deepinv_cifar10.sh and datafree_kd.py."""
+    """Defaults: zju-vipa/CMI, scripts/deepinv/deepinv_cifar10_wrn402_wrn161.sh and datafree_kd.py."""
 
     synthesis_batch_size: int = Field(256, ge=2, le=100_000, description="images a call; `batch_size` (script)")
     pixel_steps: int = Field(1000, ge=1, le=100_000, description="Adam steps a call; `g_steps` (script)")
@@ -146,11 +146,11 @@ def _script(epochs: int, origin: Origin, source: str, batch: int = 256, **config
 
 FORK = "ljrprocc/DFKD, scripts/deepinv"  # a fork of zju-vipa/CMI
 DeepInversion.published = {
-    "cifar10/wrn40_2:wrn16_1": _script(200, "code", "zju-vipa/CMI, scripts/deepinv_cifar10.sh"),
+    "cifar10/wrn40_2:wrn16_1": _script(200, "code", "zju-vipa/CMI, scripts/deepinv/deepinv_cifar10_wrn402_wrn161.sh"),
     "cifar10/wrn40_2:wrn16_2": _script(250, "third-party", f"{FORK}/deepinv_cifar10_wrn402_wrn162.sh"),
     "cifar10/wrn40_2:wrn40_1": _script(250, "third-party", f"{FORK}/deepinv_cifar10_wrn402_wrn401.sh"),
     "cifar10/resnet34:resnet18": _script(
-        250, "third-party", f"{FORK}/deepinv_cifar10_resnet34_resnet18.sh (newest)", adversarial=0.0
+        250, "third-party", f"{FORK}/deepinv_cifar10_resnet34_resnet18.sh (newest)", adversarial=0.0, temperature=1.0
     ),
     "cifar10/vgg11:resnet18": _script(
         250,
@@ -159,8 +159,11 @@ DeepInversion.published = {
         batch=512,
         synthesis_batch_size=512,
         adversarial=0.0,
+        temperature=1.0,
     ),
-    "cifar100/resnet34:wrn40_1": _script(400, "third-party", f"{FORK}/deepinv_cifar100_resnet34_resnet18.sh (newest)"),
+    "cifar100/resnet34:wrn40_1": _script(
+        400, "third-party", f"{FORK}/deepinv_cifar100_resnet34_resnet18.sh (newest)", temperature=1.0
+    ),
 }
 DeepInversion.search = {
     "pixel_steps": (30, 60, 100),

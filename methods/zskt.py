@@ -9,11 +9,12 @@ A game of two: the generator looks for images on which student and teacher diffe
 Differences from the paper
 1. No attention transfer, no clipping, fresh latent vectors for every student step and KL divided by b alone, as in the
    comparison tables. ``attention=250``, ``generator_clip_norm=5`` with the schedule's ``clip_norm=5``,
-   ``keep_latents=true`` and ``reduction="mean"`` bring back the paper's.
+   ``keep_latents=true`` with ``sample_bn="train"``, ``reduction="mean"`` and an Adam without weight decay bring back the
+   paper's.
 2. Generator and student alternate 1 : 5 (paper 1 : 10), and the student is in eval mode in the generator's step; in the
    paper's code it is in train mode there, where its BatchNorm statistics move.
-3. The generator ends in a sigmoid and the data set's normalisation, the paper's in an affine BatchNorm; its learning
-   rate is constant, the paper's follows a cosine.
+3. The generator ends in a sigmoid and the data set's normalisation, the paper's in an affine BatchNorm; its Adam has a
+   constant rate and betas (0.5, 0.999), the paper's a cosine and (0.9, 0.999).
 
 Differences from the released code
 1. The student in the generator's loss is the student. zju-vipa/Fast-Datafree passes the teacher in its place, so that
