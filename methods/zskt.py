@@ -9,7 +9,7 @@ A game of two: the generator looks for images on which student and teacher diffe
 Differences from the paper
 1. No attention transfer, no clipping, fresh latent vectors for every student step and KL divided by b alone, as in the
    comparison tables. ``attention=250``, ``generator_clip_norm=5`` with the schedule's ``clip_norm=5``,
-   ``keep_latents=true`` with ``sample_bn="train"``, ``reduction="mean"`` and an Adam without weight decay bring back the
+   ``keep_latents=true`` with ``sample_bn="train"``, ``reduction="mean"`` and Adam without weight decay bring back the
    paper's.
 2. Generator and student alternate 1 : 5 (paper 1 : 10), and the student is in eval mode in the generator's step; in the
    paper's code it is in train mode there, where its BatchNorm statistics move.
