@@ -28,6 +28,12 @@ def test_every_method_has_a_card() -> None:
     assert missing == []
 
 
+def test_the_index_of_methods_has_them_all() -> None:
+    page = (ROOT / "docs" / "methods" / "README.md").read_text(encoding="utf-8")
+    names = [name for name, source in plugins.discover().methods.items() if source.kind == "built-in"]
+    assert [name for name in names if f"[{name}]" not in page and f"`{name}`" not in page] == []
+
+
 def test_every_data_set_is_on_the_page() -> None:
     page = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "docs").glob("*.md"))
     assert [name for name in data.dataset_names() if name not in page] == []
