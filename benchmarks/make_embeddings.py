@@ -9,7 +9,7 @@ Stored as float16.
 
 ``--wordnet``: the folder of WordNet 3.0's database (``data.noun`` and its sisters; Debian's package wordnet-base has it
 in /usr/share/wordnet). Its 117,659 synsets become the corpus ``wordnet-3.0.txt``, a Doc2Vec is trained on it; about
-four minutes on one core. ``--corpus FOLDER`` keeps the corpus there, for ``-s nayer.encoder=doc2vec:corpus=FILE``.
+two minutes on one core. ``--corpus FOLDER`` keeps the corpus there, for ``-s nayer.encoder=doc2vec:corpus=FILE``.
 """
 
 from __future__ import annotations

@@ -55,6 +55,11 @@ def test_the_id_of_a_job_stays_the_same_for_ever() -> None:
     assert JOB.id == "3fb27d24a3af"
 
 
+def test_so_does_the_id_of_a_job_in_bf16() -> None:
+    # As above, but it is ARITHMETIC that is raised on purpose where bf16 alone computes something else.
+    assert changed(precision="bf16").id == "a39e785f78c8"
+
+
 @pytest.mark.parametrize(
     "fields",
     [
