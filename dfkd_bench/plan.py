@@ -14,7 +14,7 @@ from dfkd_bench.job import PROTOCOL_VERSION, Job, TeacherSpec
 from dfkd_bench.plugins import Plugins
 from dfkd_bench.record import Record
 from dfkd_bench.run import Place
-from dfkd_bench.runfolder import RunFolder, lease_is_stale
+from dfkd_bench.runfolder import RunFolder
 from dfkd_bench.suite import Suite, expand
 from dfkd_bench.workload import longest_first
 
@@ -78,8 +78,7 @@ def _where_it_stands(job: Job, output: Path, source_sha256: str) -> Planned:
         fresh = found.method.source_sha256 == source_sha256 and found.job.protocol_version == PROTOCOL_VERSION
         return Planned(job, "done" if fresh else "stale", found)
     folder = RunFolder(job)
-    lease = folder.path / "lease"
-    if lease.exists() and not lease_is_stale(lease):
+    if folder.is_running:
         return Planned(job, "running")
     return Planned(job, "interrupted" if folder.has_checkpoint else "new")
 

@@ -5,16 +5,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
-import threading
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import safetensors.numpy
 import safetensors.torch
 import torch
@@ -23,17 +18,12 @@ from torch import Tensor
 from dfkd_bench.checkpoint import load_tree, save_tree
 from dfkd_bench.errors import UserError
 from dfkd_bench.job import Job
+from dfkd_bench.lease import held, is_stale
 from dfkd_bench.paths import home
 from dfkd_bench.pool import Pool
 from dfkd_bench.record import write_bytes, write_text
 
-HEARTBEAT = 5.0  # seconds between signs of life of a running job
-STALE = 60.0  # a lease without a sign of life for so long is taken over
 IMAGES = "images.safetensors"
-
-
-class Busy(Exception):
-    """Another process is running this job right now."""
 
 
 class RunFolder:
@@ -55,39 +45,15 @@ class RunFolder:
         (self.path / IMAGES).unlink(missing_ok=True)
         write_text(self.path / "job.json", self.job.model_dump_json(indent=1) + "\n")
 
-    @contextmanager
-    def lease(self) -> Iterator[None]:
+    def lease(self) -> AbstractContextManager[None]:
         """Hold the run exclusively; raises ``Busy`` while another living process has it."""
-        self.path.mkdir(parents=True, exist_ok=True)
+        return held(self.path / "lease", f"run {self.job.id}")
+
+    @property
+    def is_running(self) -> bool:
+        """Whether a living process has the run."""
         path = self.path / "lease"
-        mine = json.dumps({"host": socket.gethostname(), "pid": os.getpid()})
-        for _ in range(2):
-            try:
-                handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
-                break
-            except FileExistsError:
-                if not lease_is_stale(path):
-                    raise Busy(f"run {self.job.id} is being run by another process") from None
-                path.unlink(missing_ok=True)
-        else:
-            raise Busy(f"run {self.job.id} was taken by another process")
-        with os.fdopen(handle, "w") as file:
-            file.write(mine)
-        stop = threading.Event()
-
-        def beat() -> None:
-            while not stop.wait(HEARTBEAT):
-                if path.exists():
-                    os.utime(path)
-
-        thread = threading.Thread(target=beat, daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            stop.set()
-            thread.join()
-            path.unlink(missing_ok=True)
+        return path.exists() and not is_stale(path)
 
     def append_metrics(self, line: dict[str, Any]) -> None:
         """One JSON line an epoch, for people and tools that look in while it runs."""
@@ -144,22 +110,6 @@ def kept_images(job_id: str) -> dict[str, np.ndarray] | None:
     """The images that a run has kept; None if they are not on this machine."""
     path = home() / "runs" / job_id / IMAGES
     return safetensors.numpy.load_file(path) if path.is_file() else None
-
-
-def lease_is_stale(path: Path) -> bool:
-    """Whether nobody alive holds the lease: its process is gone (same host), or its heartbeat stopped."""
-    try:
-        age = time.time() - path.stat().st_mtime
-        owner = json.loads(path.read_text() or "{}")
-    except OSError:
-        return not path.exists()
-    except ValueError:  # cut off by a crash
-        return age > STALE
-    if not owner:  # just being written
-        return age > HEARTBEAT
-    if owner.get("host") == socket.gethostname() and not psutil.pid_exists(owner["pid"]):
-        return True
-    return age > STALE
 
 
 def _append(path: Path, rows: Tensor, position: int) -> None:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
 import random
@@ -12,17 +14,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from torch import Tensor, nn
 
-from dfkd_bench import runfolder
+from dfkd_bench import lease, runfolder
 from dfkd_bench.checkpoint import load_tree, random_state, restore_random_state, save_tree, seed_everything
 from dfkd_bench.errors import UserError
 from dfkd_bench.job import Job, TeacherSpec
 from dfkd_bench.method import Schedule
 from dfkd_bench.pool import Pool
-from dfkd_bench.runfolder import Busy, RunFolder, lease_is_stale
+from dfkd_bench.lease import Busy, is_stale
+from dfkd_bench.runfolder import RunFolder
 
 CPU = torch.device("cpu")
 
@@ -392,8 +396,12 @@ def leave_lease(folder: RunFolder, text: str, age: float = 0.0) -> Path:
     return path
 
 
-def owner(pid: int, host: str | None = None) -> str:
-    return json.dumps({"host": host or socket.gethostname(), "pid": pid})
+def owner(pid: int, host: str | None = None, started: float = 0.0) -> str:
+    return json.dumps({"host": host or socket.gethostname(), "pid": pid, "started": started})
+
+
+def myself() -> str:
+    return owner(os.getpid(), started=psutil.Process().create_time())
 
 
 def test_a_second_holder_is_busy_until_the_first_is_done(folder: RunFolder) -> None:
@@ -421,7 +429,7 @@ def test_a_lease_needs_no_folder_yet(folder: RunFolder) -> None:
 
 def test_the_lease_names_its_holder(folder: RunFolder) -> None:
     with folder.lease():
-        assert json.loads((folder.path / "lease").read_text()) == {"host": socket.gethostname(), "pid": os.getpid()}
+        assert json.loads((folder.path / "lease").read_text()).items() >= json.loads(myself()).items()
 
 
 def test_the_lease_of_a_dead_process_is_taken_over(folder: RunFolder) -> None:
@@ -431,7 +439,7 @@ def test_the_lease_of_a_dead_process_is_taken_over(folder: RunFolder) -> None:
 
 
 def test_a_lease_without_a_sign_of_life_is_taken_over(folder: RunFolder) -> None:
-    leave_lease(folder, owner(os.getpid(), "another-host"), age=runfolder.STALE + 5)
+    leave_lease(folder, owner(os.getpid(), "another-host"), age=lease.STALE + 5)
     with folder.lease():
         pass
 
@@ -440,25 +448,26 @@ def test_a_lease_without_a_sign_of_life_is_taken_over(folder: RunFolder) -> None
     ("text", "age", "stale"),
     [
         (owner(os.getpid()), 0, False),
-        (owner(os.getpid()), runfolder.STALE + 5, True),  # hangs, or the number belongs to someone else now
-        (owner(1, "another-host"), runfolder.STALE - 5, False),
-        (owner(1, "another-host"), runfolder.STALE + 5, True),
+        (owner(os.getpid()), lease.STALE + 5, True),  # the number belongs to someone else now
+        (myself(), lease.STALE + 5, False),  # stopped by Ctrl-Z: it will go on
+        (owner(1, "another-host"), lease.STALE - 5, False),
+        (owner(1, "another-host"), lease.STALE + 5, True),
         ("", 0, False),  # just being written
-        ("", runfolder.HEARTBEAT + 2, True),  # its writer died in between
+        ("", lease.HEARTBEAT + 2, True),  # its writer died in between
         ('{"host": "a', 0, False),
-        ('{"host": "a', runfolder.STALE + 5, True),
+        ('{"host": "a', lease.STALE + 5, True),
     ],
 )
 def test_which_leases_are_stale(folder: RunFolder, text: str, age: float, stale: bool) -> None:
-    assert lease_is_stale(leave_lease(folder, text, age)) is stale
+    assert is_stale(leave_lease(folder, text, age)) is stale
 
 
 def test_a_lease_that_is_gone_can_be_taken(folder: RunFolder) -> None:
-    assert lease_is_stale(folder.path / "lease")
+    assert is_stale(folder.path / "lease")
 
 
 def test_a_holder_gives_signs_of_life(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runfolder, "HEARTBEAT", 0.01)
+    monkeypatch.setattr(lease, "HEARTBEAT", 0.01)
     with folder.lease():
         path = folder.path / "lease"
         os.utime(path, (0, 0))
@@ -466,3 +475,42 @@ def test_a_holder_gives_signs_of_life(folder: RunFolder, monkeypatch: pytest.Mon
         while path.stat().st_mtime == 0 and time.monotonic() < deadline:
             time.sleep(0.01)
         assert time.time() - path.stat().st_mtime < 60
+
+
+def test_a_sign_of_life_that_cannot_be_given_is_not_the_last(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease, "HEARTBEAT", 0.01)
+    given: list[Path] = []
+
+    def utime(path: Path) -> None:
+        given.append(path)
+        raise OSError(errno.ESTALE, "the network's folder is away")
+
+    monkeypatch.setattr(os, "utime", utime)
+    with folder.lease():
+        deadline = time.monotonic() + 5
+        while len(given) < 2 and time.monotonic() < deadline:
+            time.sleep(0.01)
+    assert len(given) > 1
+
+
+def test_of_two_that_find_a_lease_stale_one_gets_it(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    leave_lease(folder, owner(gone_process()))
+    first = contextlib.ExitStack()
+
+    def looked(path: Path, look: Callable[[Path], bool] = lease.is_stale) -> bool:
+        stale = look(path)
+        monkeypatch.setattr(lease, "is_stale", look)
+        first.enter_context(reopened(folder).lease())  # between the second one's look and its taking over
+        return stale
+
+    monkeypatch.setattr(lease, "is_stale", looked)
+    with first, pytest.raises(Busy), folder.lease():
+        pass
+
+
+def test_a_lease_that_another_has_taken_over_is_left_to_it(folder: RunFolder) -> None:
+    with folder.lease():
+        path = leave_lease(folder, owner(1, "another-host"))
+    assert path.exists()

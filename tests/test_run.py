@@ -20,10 +20,11 @@ from dfkd_bench.compute import Compute
 from dfkd_bench.engines import local
 from dfkd_bench.errors import UserError
 from dfkd_bench.job import Job
+from dfkd_bench.lease import Busy
 from dfkd_bench.paths import HOME_VARIABLE, home
 from dfkd_bench.record import Record, read, record_path
 from dfkd_bench.run import EpochDone, Place, run, stream_seed
-from dfkd_bench.runfolder import Busy, RunFolder
+from dfkd_bench.runfolder import RunFolder
 from dfkd_bench.suite import expand, make_suite
 
 TINY = {

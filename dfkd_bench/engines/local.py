@@ -235,8 +235,8 @@ def _tell(connection: Connection, message: tuple[str, Any]) -> None:
 
 
 def _run_child(job: Job, place: Place, connection: Connection) -> None:
+    from dfkd_bench.lease import Busy
     from dfkd_bench.run import run
-    from dfkd_bench.runfolder import Busy
 
     def report(done: EpochDone) -> None:
         _tell(connection, ("epoch", (done.epoch, done.epochs, done.accuracy)))

@@ -1,0 +1,108 @@
+"""A lease: a file that says which process has a folder right now, with a sign of life every few seconds."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+
+HEARTBEAT = 5.0  # seconds between a holder's signs of life
+STALE = 60.0  # a lease without one for so long is taken over
+WAIT = 1.0  # seconds between two looks at a lease that is waited for
+
+
+class Busy(Exception):
+    """Another process has the lease right now."""
+
+
+@contextlib.contextmanager
+def held(path: Path, what: str, wait: bool = False) -> Iterator[None]:
+    """Hold the lease ``path`` on ``what``. While another living process has it: raises ``Busy``, or waits."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    process = psutil.Process()
+    owner = {"host": socket.gethostname(), "pid": process.pid, "started": process.create_time()}
+    mine = json.dumps({**owner, "token": uuid.uuid4().hex})
+    _take(path, mine, what, wait)
+    stop = threading.Event()
+
+    def beat() -> None:
+        while not stop.wait(HEARTBEAT):
+            with contextlib.suppress(OSError):  # taken over, or the network's folder is away for a moment
+                os.utime(path)
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+        with contextlib.suppress(FileNotFoundError):
+            if path.read_text() == mine:  # else another has taken it over
+                path.unlink()
+
+
+def is_stale(path: Path) -> bool:
+    """Whether nobody alive has the lease: its process is gone (same host), or its heartbeat stopped (another host)."""
+    try:
+        age = time.time() - path.stat().st_mtime
+        owner = json.loads(path.read_text() or "{}")
+    except OSError:
+        return not path.exists()
+    except ValueError:  # cut off by a crash
+        return age > STALE
+    if not owner:  # just being written
+        return age > HEARTBEAT
+    if owner.get("host") == socket.gethostname():
+        started = _started(owner["pid"])
+        if started is None:
+            return True
+        if abs(started - owner.get("started", 0.0)) < 5:  # it may be stopped (Ctrl-Z), but it is there
+            return False
+    return age > STALE
+
+
+def _take(path: Path, mine: str, what: str, wait: bool) -> None:
+    while True:
+        try:
+            handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
+        except FileExistsError:
+            with contextlib.suppress(FileNotFoundError):  # given back since
+                found = path.read_text()
+                if is_stale(path):
+                    _remove(path, found)
+                elif wait:
+                    time.sleep(WAIT)
+                else:
+                    raise Busy(f"{what} is being worked on by another process") from None
+        else:
+            with os.fdopen(handle, "w") as file:
+                file.write(mine)
+            return
+
+
+def _remove(path: Path, stale: str) -> None:
+    """Remove the lease that says ``stale``: of several processes that found it so, only one removes that very file."""
+    aside = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
+    os.rename(path, aside)
+    if aside.read_text() == stale:
+        aside.unlink()
+    else:  # another was quicker, and this is its new one
+        os.rename(aside, path)
+
+
+def _started(pid: int) -> float | None:
+    """When the process with this number began; None: there is none, or it has ended and nobody has asked how."""
+    try:
+        process = psutil.Process(pid)
+        return None if process.status() == psutil.STATUS_ZOMBIE else float(process.create_time())
+    except psutil.NoSuchProcess:
+        return None
