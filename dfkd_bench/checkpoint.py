@@ -29,10 +29,10 @@ def save_tree(path: Path, tree: Any) -> None:
     write_bytes(path, safetensors.torch.save(tensors, metadata={"tree": skeleton}))
 
 
-def load_tree(path: Path, device: torch.device | str = "cpu") -> Any:
-    """Read what ``save_tree`` wrote; raises ValueError if the file is damaged."""
+def load_tree(path: Path) -> Any:
+    """Read what ``save_tree`` wrote, onto the CPU; raises ValueError if the file is damaged."""
     try:
-        with safe_open(path, framework="pt", device=str(device)) as file:
+        with safe_open(path, framework="pt") as file:
             skeleton = json.loads((file.metadata() or {})["tree"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dictionary
     except (SafetensorError, KeyError, OSError, json.JSONDecodeError) as error:
@@ -91,7 +91,7 @@ def restore_random_state(state: Mapping[str, Any], device: torch.device) -> None
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     keys, position, has_gauss, cached = state["numpy"]
-    np.random.set_state(("MT19937", keys.numpy().astype(np.uint32), position, has_gauss, cached))  # noqa: NPY002
+    np.random.set_state(("MT19937", keys.cpu().numpy().astype(np.uint32), position, has_gauss, cached))  # noqa: NPY002
     torch.set_rng_state(state["torch"].cpu())
     if device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"].cpu(), device)

@@ -24,6 +24,7 @@ from dfkd_bench.data import DataSet, Split
 from dfkd_bench.errors import UserError
 from dfkd_bench.evaluate import evaluate
 from dfkd_bench.job import Precision, Recipe, TeacherSpec, digest
+from dfkd_bench.lease import held
 from dfkd_bench.method import Frozen, LabelledImages
 from dfkd_bench.models import build_model
 from dfkd_bench.paths import home
@@ -103,10 +104,30 @@ def train(
     models: Builders | None = None,
     report: Callable[[TrainingProgress], None] = lambda progress: None,
 ) -> TeacherCard:
-    """Train a teacher on real data and keep it. Goes on from its last epoch if it was interrupted."""
+    """Train a teacher on real data and keep it, if it is not at hand. Goes on from its last epoch if it was interrupted.
+
+    While another process trains it, this one waits: it needs the same teacher.
+    """
     if spec.recipe is None:
         raise UserError(f"teacher {spec.sha256} is an imported one: run `dfkd-bench teacher import` again")
-    recipe, device = spec.recipe, compute.device
+    place = folder(dataset, spec)
+    with held(place / "lease", f"teacher {place.name}", wait=True):
+        if is_at_hand(dataset, spec):
+            return read_card(place)
+        return _train(place, dataset, spec, spec.recipe, compute, root, models, report)
+
+
+def _train(
+    place: Path,
+    dataset: DataSet,
+    spec: TeacherSpec,
+    recipe: Recipe,
+    compute: Compute,
+    root: Path | None,
+    models: Builders | None,
+    report: Callable[[TrainingProgress], None],
+) -> TeacherCard:
+    device = compute.device
     seed_everything(spec.seed)
     model = compute.place(build_model(spec.model, dataset.num_classes, dataset.image_shape[0], models))
     data = labelled(dataset, training_splits(spec), root, device)
@@ -114,7 +135,6 @@ def train(
     optimizer = torch.optim.SGD(
         model.parameters(), lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay, fused=True
     )
-    place = folder(dataset, spec)
     checkpoint = place / "training.safetensors"
     first, seconds, loss = 0, 0.0, math.nan
     if checkpoint.is_file():
@@ -362,7 +382,7 @@ def _accuracies(
 
 def _resume(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device) -> tuple[int, float]:
     try:
-        state = load_tree(path, device)
+        state = load_tree(path)
     except ValueError:  # a damaged checkpoint of a teacher costs only time: start anew
         return 0, 0.0
     model.load_state_dict(state["model"])

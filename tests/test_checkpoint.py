@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -172,6 +173,16 @@ def test_random_state_goes_through_a_file(tmp_path: Path) -> None:
     state = there_and_back(random_state(CPU), tmp_path)
     expected = draws()
     draws()
+    restore_random_state(state, CPU)
+    assert draws() == expected
+
+
+def test_random_state_comes_back_from_another_device() -> None:
+    seed_everything(3)
+    state = random_state(CPU)
+    expected = draws()
+    keys, *others = state["numpy"]
+    state["numpy"] = [SimpleNamespace(cpu=lambda: keys), *others]  # a GPU's tensor can't become an array
     restore_random_state(state, CPU)
     assert draws() == expected
 

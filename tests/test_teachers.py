@@ -142,6 +142,37 @@ def test_an_interrupted_training_ends_bit_identical(stop_after: int, trained: Pa
     assert not list(data_only.glob("**/training.safetensors"))
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_an_interrupted_training_goes_on_on_a_gpu(data_only: Path) -> None:
+    def stop(progress: TrainingProgress) -> None:
+        if progress.epoch == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        teachers.train(DIGITS, SPEC, Compute(torch.device("cuda", 0)), report=stop)
+    epochs: list[int] = []
+    teachers.train(DIGITS, SPEC, Compute(torch.device("cuda", 0)), report=lambda done: epochs.append(done.epoch))
+    assert epochs == [2, 3]
+
+
+def test_a_training_of_another_process_is_waited_for_and_not_done_again(
+    trained: Path, data_only: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = teachers.folder(DIGITS, SPEC)
+    place.mkdir(parents=True)
+    (place / "lease").write_text(f'{{"host": "another-host", "pid": {os.getpid()}}}')
+
+    def finished(_seconds: float) -> None:
+        shutil.copytree(trained / "teachers", data_only / "teachers", dirs_exist_ok=True)
+        (place / "lease").unlink()
+
+    monkeypatch.setattr("time.sleep", finished)
+    epochs: list[int] = []
+    card = teachers.train(DIGITS, SPEC, Compute(CPU), report=lambda done: epochs.append(done.epoch))
+    assert (card, epochs) == (teachers.read_card(place), [])
+
+
 def test_a_damaged_checkpoint_of_a_teacher_starts_it_anew(trained: Path, data_only: Path) -> None:
     place = teachers.folder(DIGITS, SPEC)
     place.mkdir(parents=True)
