@@ -112,9 +112,8 @@ def run_trials(
         )
         for trial in trials
     ]  # fmt: skip
-    missing = {spec.model_dump_json(): spec for plan in plans for spec in plan.missing_teachers}
     planned = {item.job.id: item for plan in plans for item in plan.planned}
-    whole = Plan(plans[0].suite, tuple(planned.values()), tuple(missing.values()))
+    whole = Plan(plans[0].suite, tuple(planned.values()), ())
     devices, threads = default_devices("auto", None, whole.to_run(("failed", "stale")))
     place = Place(home, threads=threads, workers=len(devices))
     with show(whole, Console(stderr=True), quiet=not sys.stderr.isatty()) as report:

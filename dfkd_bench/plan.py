@@ -10,7 +10,7 @@ from typing import Literal
 from dfkd_bench import data, lend, record, teachers, text
 from dfkd_bench.engines import local
 from dfkd_bench.errors import UserError
-from dfkd_bench.job import PROTOCOL_VERSION, Job, TeacherSpec
+from dfkd_bench.job import Job, TeacherSpec
 from dfkd_bench.plugins import Plugins
 from dfkd_bench.record import Record
 from dfkd_bench.run import Place
@@ -33,7 +33,7 @@ class Planned:
 
 @dataclass(frozen=True)
 class Plan:
-    """All jobs of a suite with their states, and the teachers that must be trained first."""
+    """All jobs of a suite with their states, and the teachers that are trained first if nothing is done again."""
 
     suite: Suite
     planned: tuple[Planned, ...]
@@ -62,11 +62,13 @@ def make_plan(
     jobs = expand(suite, found, dataset, device, precision)
     hashes = {name: found.source(name).source_sha256() for name in {job.method for job in jobs}}
     planned = tuple(_where_it_stands(job, output, hashes[job.method]) for job in jobs)
-    specs = dict.fromkeys(item.job.teacher.model_dump_json() for item in planned if item.state not in ("done", "stale"))
-    missing = tuple(
-        spec for spec in map(TeacherSpec.model_validate_json, specs) if not teachers.is_at_hand(dataset, spec)
-    )
-    return Plan(suite, planned, missing)
+    left = Plan(suite, planned, ()).to_run()
+    return Plan(suite, planned, _missing_teachers(left, dataset))
+
+
+def _missing_teachers(jobs: Sequence[Job], dataset: data.DataSet) -> tuple[TeacherSpec, ...]:
+    specs = {job.teacher.model_dump_json(): job.teacher for job in jobs}
+    return tuple(spec for spec in specs.values() if not teachers.is_at_hand(dataset, spec))
 
 
 def _where_it_stands(job: Job, output: Path, source_sha256: str) -> Planned:
@@ -75,8 +77,7 @@ def _where_it_stands(job: Job, output: Path, source_sha256: str) -> Planned:
         found = record.read(path)
         if found.status == "failed":
             return Planned(job, "failed", found)
-        fresh = found.method.source_sha256 == source_sha256 and found.job.protocol_version == PROTOCOL_VERSION
-        return Planned(job, "done" if fresh else "stale", found)
+        return Planned(job, "done" if found.is_fresh(source_sha256) else "stale", found)
     folder = RunFolder(job)
     if folder.is_running:
         return Planned(job, "running")
@@ -112,11 +113,14 @@ def carry_out(
         report(Step("data", dataset.name, 0, 1))
         for split in data.SPLITS:
             dataset.split(split, place.data_root)
-        tasks = [local.TeacherTask(dataset.name, spec, jobs[0].precision) for spec in plan.missing_teachers]
+        missing = _missing_teachers(jobs, dataset)
+        tasks = [local.TeacherTask(dataset.name, spec, jobs[0].precision) for spec in missing]
         names, equal = [f"teacher {task.spec.model}" for task in tasks], [1 / len(tasks) for _ in tasks]
         local.train_teachers(tasks, place, devices, _listener("teachers", names, equal, report))
-        for job in jobs:  # a record that is made anew must not be taken for the old one if the run dies
-            record.record_path(place.output, job).unlink(missing_ok=True)
+        for item in plan.planned:  # a record that is made anew must not be taken for the old one if the run dies
+            path = record.record_path(place.output, item.job)
+            if item.state in rerun and path.is_file() and record.read(path) == item.record:  # else another made it
+                path.unlink()
         jobs, shares = longest_first(jobs, found, dataset.num_classes)
         labels = [f"{job.method} seed {job.seed}" for job in jobs]
         local.run_jobs(jobs, place, devices, _listener("runs", labels, shares, report))

@@ -18,7 +18,7 @@ from pydantic import Field, ValidationError
 from dfkd_bench import __version__
 from dfkd_bench.clock import total
 from dfkd_bench.errors import UserError
-from dfkd_bench.job import Job
+from dfkd_bench.job import PROTOCOL_VERSION, Job
 from dfkd_bench.method import Frozen
 
 SCHEMA_VERSION = 1
@@ -121,6 +121,11 @@ class Record(Frozen):
     def total_seconds(self) -> float:
         """Headline time: all phases but evaluation and measuring."""
         return total(self.seconds)
+
+    def is_fresh(self, source_sha256: str) -> bool:
+        """Whether it is of today's protocol and of the method's code with this hash, and no failure."""
+        today = self.method.source_sha256 == source_sha256 and self.job.protocol_version == PROTOCOL_VERSION
+        return today and self.status != "failed"
 
 
 def record_path(output: Path, job: Job) -> Path:
