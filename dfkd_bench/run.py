@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from dfkd_bench.job import Job
 from dfkd_bench.method import Method, Progress, Task
 from dfkd_bench.models import build_model
 from dfkd_bench.optimise import build_optimizer, learning_rate, set_learning_rate
-from dfkd_bench.paths import home
+from dfkd_bench.paths import data_root, home
 from dfkd_bench.pool import Pool
 from dfkd_bench.record import Counters, DataFile, MethodFacts, Outcome, Point, Record, Score, TeacherFacts
 from dfkd_bench.runfolder import RunFolder
@@ -66,26 +66,32 @@ class OverBudget(Exception):
 def run(job: Job, place: Place, report: Callable[[EpochDone], None] = lambda done: None) -> Record:
     """Run ``job``, or go on with it, and write its record. An exception of the method becomes a failed record.
 
+    A failed run keeps its checkpoint: what was wrong may not have been the method, but memory or a network folder. A
+    record that another process has made since the run was planned is returned as it is.
+
     Raises ``Busy`` if another process has the run, ``UserError`` for what the user must put right first.
     """
     folder = RunFolder(job)
     with folder.lease():
+        found = plugins.discover(place.plugin_files)
+        path = record.record_path(place.output, job)
+        if path.is_file() and (made := record.read(path)).is_fresh(found.source(job.method).source_sha256()):
+            return made
         folder.create()
         set_threads(place.threads)
-        found = plugins.discover(place.plugin_files)
         started = record.now()
         try:
             result = _Run(job, place, found, folder).finish(report, started)
         except (UserError, KeyboardInterrupt):
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # a method may call sys.exit
             if isinstance(error, OSError) and (problem := disk_error(error)):
                 raise problem from error
-            with (folder.path / "log.txt").open("a") as log:
-                log.write(traceback.format_exc())
+            folder.log(traceback.format_exc())
             result = failed(job, found, f"{type(error).__name__}: {_first_line(error)}", started)
         record.write(place.output, result)
-        folder.forget_checkpoint()
+        if result.status != "failed":
+            folder.forget_checkpoint()
     return result
 
 
@@ -148,11 +154,15 @@ class _Run:
         if place.deterministic and self.device.type == "cuda":
             torch.use_deterministic_algorithms(True, warn_only=True)
             torch.backends.cudnn.benchmark = False
+        self.facts = _method_facts(found.source(job.method))  # of the code that runs, whatever is edited meanwhile
         self.dataset = data.dataset(job.dataset, place.data_root, found.datasets)
         self.normalize = Normalize(self.dataset.mean, self.dataset.std, self.device)
         # The run's own files and the teacher's weights are no data.
         own = [folder.path, place.output / "records", home() / "teachers"]
-        self.watch = FileWatch([self.dataset.folder, home() / "data"], ignored=own)
+        # Not the whole data root: Python itself may lie somewhere below it.
+        raw, root = self.dataset.raw, data_root(place.data_root)
+        raw_files = [path for file in (*raw.train, *raw.test) for path in raw.candidates(root, file)]
+        self.watch = FileWatch([self.dataset.folder, home() / "data", *raw_files], ignored=own)
         with self.watch.on():
             self.teacher = teachers.load(self.dataset, job.teacher, self.device, found.models)
             self.held_out = teachers.labelled(self.dataset, (job.evaluate_on,), place.data_root, self.device)
@@ -197,7 +207,7 @@ class _Run:
             status="done" if reason is None else "unsupported",
             reason=reason,
             outcome=self.outcome,
-            method=_method_facts(source),
+            method=self.facts,
             knowledge=method_class.outside_knowledge(config) or source.card().get("knowledge", "not stated"),
             teacher=TeacherFacts(
                 model=self.teacher.card.model,
@@ -389,8 +399,7 @@ class _Run:
                 measures = diversity.measure(made, diversity.look(teacher, self._real_images(), normalize))
                 kept = diversity.keepsakes(made)
         except Exception:
-            with (self.folder.path / "log.txt").open("a") as log:
-                log.write(f"diversity was not measured:\n{traceback.format_exc()}")
+            self.folder.log(f"diversity was not measured:\n{traceback.format_exc()}")
             return {}
         finally:
             self.measuring = False
@@ -420,6 +429,7 @@ class _Run:
 
     def _checkpoint(self, bench: _Bench, epoch: int) -> None:
         state = {
+            "made_by": self._made_by(),
             "epoch": epoch,
             "student": bench.student.state_dict(),
             "optimizer": bench.optimizer.state_dict(),
@@ -437,11 +447,11 @@ class _Run:
         self.folder.save(state, bench.pool)
 
     def _resume(self, bench: _Bench) -> int:
-        """Restore the last checkpoint, if there is one; returns the epoch to go on with."""
-        if not self.folder.has_checkpoint:
+        """Restore the last checkpoint, if there is one that fits; returns the epoch to go on with."""
+        state = self.folder.load(bench.pool, self._fits) if self.folder.has_checkpoint else {}
+        if not state:
             (self.folder.path / "metrics.jsonl").unlink(missing_ok=True)
             return 0
-        state = self.folder.load(bench.pool)
         bench.student.load_state_dict(state["student"])
         bench.optimizer.load_state_dict(state["optimizer"])
         bench.method.load_state_dict(_on(state["method"], self.device))
@@ -457,6 +467,24 @@ class _Run:
         restore_random_state(state["random"], self.device)
         epoch: int = state["epoch"]
         return epoch
+
+    def _made_by(self) -> dict[str, str]:
+        """What a checkpoint can't do without: going on with anything else would be another run."""
+        source, teacher = self.facts.source_sha256, self.teacher.card.sha256
+        return {"source": source, "teacher": teacher, "device": self.device.type}
+
+    def _fits(self, state: Mapping[str, Any]) -> bool:
+        """Whether the run can go on from ``state``. The device is the user's choice, so another one is a question."""
+        made_by, mine = state.get("made_by", {}), self._made_by()
+        if any(made_by.get(name) != mine[name] for name in ("source", "teacher")):
+            self.folder.log("started anew: the checkpoint is of other code of the method, or of another teacher\n")
+            return False
+        if made_by["device"] != mine["device"]:
+            raise UserError(
+                f"run {self.job.id} was interrupted on {made_by['device']} and can't go on on {mine['device']}: give "
+                f"--device {made_by['device']}, or delete {self.folder.path} to start it anew"
+            )
+        return True
 
     def _refuse_data_files(self, method_class: type[Method]) -> None:
         opened = [path for path, phase in self.watch.files if phase == "method"]

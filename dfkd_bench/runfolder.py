@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,11 @@ class RunFolder:
         with (self.path / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(line) + "\n")
 
+    def log(self, text: str) -> None:
+        """Add ``text`` to log.txt, for whoever wants to know more than the record says."""
+        with (self.path / "log.txt").open("a") as file:
+            file.write(text)
+
     def save(self, state: dict[str, Any], pool: Pool) -> None:
         """Checkpoint: append the pool's new rows to their files, then replace the rest atomically.
 
@@ -76,10 +82,17 @@ class RunFolder:
         layout = {name: [str(rows.dtype).removeprefix("torch."), list(rows.shape[1:])] for name, rows in kinds.items()}
         save_tree(self._checkpoint / "state.safetensors", {"state": state, "pool": pool.state_dict(), "layout": layout})
 
-    def load(self, pool: Pool) -> dict[str, Any]:
-        """The state that ``save`` got; the pool is filled. A damaged checkpoint is a ``UserError`` that names it."""
+    def load(self, pool: Pool, fits: Callable[[dict[str, Any]], bool] = lambda state: True) -> dict[str, Any]:
+        """The state that ``save`` got; the pool is filled. A damaged checkpoint is a ``UserError`` that names it.
+
+        A state that ``fits`` says no to is forgotten: then this returns an empty one.
+        """
         try:
             saved = load_tree(self._checkpoint / "state.safetensors")
+            state: dict[str, Any] = saved["state"]
+            if not fits(state):
+                self.forget_checkpoint()
+                return {}
             made, size = saved["pool"]["made"], saved["pool"]["size"]
             rows = {
                 name: _read(self._checkpoint / f"{name}.bin", dtype, shape, made - size, size)
@@ -94,7 +107,6 @@ class RunFolder:
                 f"the checkpoint of run {self.job.id} can't be read ({error}): delete {self.path} to start it anew"
             ) from None
         self._stored = made
-        state: dict[str, Any] = saved["state"]
         return state
 
     def keep_images(self, kept: dict[str, Tensor]) -> None:
@@ -102,7 +114,7 @@ class RunFolder:
         write_bytes(self.path / IMAGES, safetensors.torch.save(kept))
 
     def forget_checkpoint(self) -> None:
-        """After the record is written."""
+        """After the record of a run that is over is written."""
         shutil.rmtree(self._checkpoint, ignore_errors=True)
 
 

@@ -27,7 +27,7 @@ class FileWatch:
     """Collects data files opened for reading, by phase: inside ``method()`` or outside of it."""
 
     def __init__(self, roots: Sequence[Path], ignored: Sequence[Path] = ()) -> None:
-        """``roots``: folders in which every file counts as data. ``ignored``: the run's own folders."""
+        """``roots``: folders in which every file counts as data, and such files. ``ignored``: the run's own folders."""
         self._roots = _prefixes(roots)
         self._ignored = _prefixes(ignored)
         self._phase = "runner"
@@ -80,7 +80,7 @@ class FileWatch:
         path = os.path.abspath(path)
         if any(path.startswith(folder) for folder in self._ignored):
             return
-        if _DATA.search(path) or any(path.startswith(root) for root in self._roots):
+        if _DATA.search(path) or any((path + os.sep).startswith(root) for root in self._roots):
             self._seen[(path, self._phase)] = None
 
 

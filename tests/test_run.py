@@ -9,6 +9,7 @@ import os
 import shutil
 import signal
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ import safetensors.torch
 import torch
 
 from dfkd_bench import data, plugins, teachers
+from dfkd_bench.checkpoint import load_tree, save_tree
 from dfkd_bench.compute import Compute
 from dfkd_bench.engines import local
 from dfkd_bench.errors import UserError
@@ -77,6 +79,18 @@ class Peeking(Method):
         from sklearn.datasets import load_digits
         images = torch.from_numpy(load_digits().images[:16]).float().view(16, 1, 8, 8) / 16
         return Synthesis(images)
+'''
+
+NOISE = '''
+"""A method that hands over noise."""
+from dfkd_bench.method import Method, MethodConfig, Synthesis
+import torch
+
+class Noise(Method):
+    Config = MethodConfig
+    def synthesize(self, student, at):
+        {}
+        return Synthesis(torch.rand(8, *self.task.image_shape))
 '''
 
 
@@ -176,6 +190,25 @@ def test_an_exception_becomes_a_failed_record(fresh: Path, tmp_path: Path) -> No
     assert "Traceback" in (RunFolder(record.job).path / "log.txt").read_text()
 
 
+def test_sys_exit_of_a_method_is_a_failed_record_with_a_reason(fresh: Path, tmp_path: Path) -> None:
+    record = run_it("leaving", tmp_path, (plugin(tmp_path, "leaving", NOISE.format("raise SystemExit(0)")),))
+    assert (record.status, record.reason) == ("failed", "SystemExit: 0")
+
+
+def test_a_raw_file_of_the_data_set_counts_as_data_whatever_its_name(
+    fresh: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digits = replace(data.dataset("digits"), raw=data.Raw(("digits/train",)))
+    path = tmp_path / "root" / "digits" / "train"
+    path.parent.mkdir(parents=True)
+    path.touch()
+    files = (plugin(tmp_path, "reading", NOISE.format(f"open({str(path)!r}).close()")),)
+    (job,) = jobs_of("reading", files)
+    monkeypatch.setattr(data, "dataset", lambda *_: digits)
+    record = run(job, Place(tmp_path, data_root=tmp_path / "root", plugin_files=files, device="cpu"))
+    assert record.reason == "NotDataFree: the method opened data files while it ran: $DFKD_BENCH_DATA/digits/train"
+
+
 def test_a_loss_that_is_not_finite_is_an_outcome(fresh: Path, tmp_path: Path) -> None:
     record = run_it("nayer", tmp_path, lr=1e30)
     assert (record.status, record.outcome) == ("done", "not finite")
@@ -236,6 +269,71 @@ def test_an_interrupted_run_ends_bit_identical(method: str, fresh: Path, tmp_pat
     assert all(torch.equal(weights[name], tensor) for name, tensor in student_of(resumed).items())
 
 
+def interrupted(folder: Path) -> tuple[Job, Place]:
+    """A run of three epochs that was stopped in its second."""
+    files = (plugin(folder, "noise", NOISE.format("pass")),)
+    (job,), place = jobs_of("noise", files), Place(folder, plugin_files=files, device="cpu")
+
+    def stop(done: EpochDone) -> None:
+        if done.epoch == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(job, place, stop)
+    return job, place
+
+
+def change_maker(job: Job, **changes: str) -> None:
+    """As if something else had made the checkpoint."""
+    path = RunFolder(job).path / "checkpoint" / "state.safetensors"
+    saved = load_tree(path)
+    saved["state"]["made_by"] |= changes
+    save_tree(path, saved)
+
+
+@pytest.mark.parametrize("maker", ["source", "teacher"])
+def test_a_checkpoint_of_other_code_or_another_teacher_is_not_gone_on_with(
+    maker: str, fresh: Path, tmp_path: Path
+) -> None:
+    job, place = interrupted(tmp_path)
+    change_maker(job, **{maker: "another"})
+    record = run(job, place)
+    assert (record.resumes, [point.epoch for point in record.curve]) == (0, [0, 1, 2])
+
+
+def test_a_checkpoint_of_another_device_is_kept_and_told(fresh: Path, tmp_path: Path) -> None:
+    job, place = interrupted(tmp_path)
+    change_maker(job, device="cuda")
+    with pytest.raises(UserError, match=r"give --device cuda, or delete \S+ to start it anew$"):
+        run(job, place)
+    assert RunFolder(job).has_checkpoint
+
+
+def test_a_failed_run_goes_on_where_it_failed(fresh: Path, tmp_path: Path) -> None:
+    once = "if at.epoch == 1 and not vars(type(self)).get('failed'): type(self).failed = True; raise MemoryError"
+    files = (plugin(tmp_path, "unlucky", NOISE.format(once)),)
+    assert run_it("unlucky", tmp_path, files).status == "failed"
+    record = run_it("unlucky", tmp_path, files)
+    assert (record.status, record.resumes) == ("done", 1)
+
+
+def test_a_record_that_another_command_has_made_meanwhile_is_taken(fresh: Path, tmp_path: Path) -> None:
+    files = (plugin(tmp_path, "noise", NOISE.format("pass")),)
+    made = run_it("noise", tmp_path, files)
+    epochs: list[int] = []
+    again = run(made.job, Place(tmp_path, plugin_files=files, device="cpu"), lambda done: epochs.append(done.epoch))
+    assert (again, epochs) == (made, [])
+
+
+def test_the_record_is_of_the_code_that_ran(fresh: Path, tmp_path: Path) -> None:
+    path = plugin(tmp_path, "noise", NOISE.format("pass"))
+    before = plugins.discover((path,)).source("noise").source_sha256()
+    (job,) = jobs_of("noise", (path,))
+    place = Place(tmp_path, plugin_files=(path,), device="cpu")
+    record = run(job, place, lambda done: path.write_text(NOISE.format("edited = True")) and None)
+    assert record.method.source_sha256 == before
+
+
 def test_kill_9_loses_at_most_one_epoch(fresh: Path, tmp_path: Path) -> None:
     """The process is killed for real; the engine starts it again and it ends as if nothing had happened."""
     whole = run_it("nayer", tmp_path / "whole", epochs=40)
@@ -273,6 +371,12 @@ def test_a_process_that_dies_twice_is_a_failed_row(fresh: Path, tmp_path: Path) 
     assert record is not None
     assert record.status == "failed"
     assert "SIGKILL" in (record.reason or "")
+
+
+def test_a_process_that_ends_without_a_word_did_not_do_its_work() -> None:
+    silent = slice  # takes what a child is given, and says nothing
+    (reason,) = local._all([None], silent, Place(Path()), ["cpu"], lambda event: None)
+    assert reason.startswith("the process ended before its work was done")
 
 
 def test_a_full_disk_is_no_failed_run(fresh: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

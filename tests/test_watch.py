@@ -67,6 +67,14 @@ def test_below_a_root_every_file_counts(data: Path) -> None:
     assert names(watch) == [("weird.xyz", "runner")]
 
 
+def test_a_root_may_be_a_file(data: Path) -> None:
+    watch = FileWatch(roots=[data / "weird.xyz"])
+    with watch.on():
+        (data / "weird.xyz").read_bytes()
+        (data / "notes.py").read_bytes()
+    assert names(watch) == [("weird.xyz", "runner")]
+
+
 def test_a_folder_beside_a_root_with_a_longer_name_does_not_count(data: Path) -> None:
     beside = data.with_name("data2")
     beside.mkdir()

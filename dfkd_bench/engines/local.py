@@ -65,6 +65,7 @@ class _Worker:
     task: int
     slot: int
     error: str = ""
+    finished: bool = False  # its work
     ended: bool = False
 
 
@@ -134,7 +135,7 @@ def _all(
                 if worker.error == "busy":
                     endings[worker.task] = "busy"
                     listen(Event(worker.task, "busy"))
-                elif worker.error or code:
+                elif worker.error or not worker.finished:
                     reason = worker.error or _died(code)
                     if not worker.error and attempts[worker.task] < ATTEMPTS:
                         waiting.appendleft((worker.task, attempts[worker.task] + 1))
@@ -188,6 +189,8 @@ def _wait(running: list[_Worker], listen: Listener) -> None:
         if kind == "epoch":
             epoch, epochs, accuracy = value
             listen(Event(worker.task, "running", epoch, epochs, accuracy))
+        elif kind == "finished":
+            worker.finished = True
         else:
             worker.error = value
 
@@ -209,6 +212,8 @@ def _died(code: int) -> str:
         name = signal.Signals(-code).name
         hint = " (out of memory?)" if name == "SIGKILL" else ""
         return f"the process was ended by {name}{hint}"
+    if code == 0:
+        return "the process ended before its work was done (SIGINT to it alone, or an exit in its code?)"
     return f"the process ended with exit code {code}"
 
 
@@ -278,6 +283,7 @@ def _guarded(work: Callable[[], None], connection: Connection) -> None:
     """Nothing that goes wrong in a child may print a traceback between the parent's progress bars."""
     try:
         work()
+        _tell(connection, ("finished", None))
     except UserError as error:
         _tell(connection, ("error", f"user:{error}"))
     except KeyboardInterrupt:
