@@ -137,8 +137,15 @@ class Plugins:
         return self.methods[name]
 
     def method(self, name: str) -> type[Method]:
-        """The class of a method: its module is imported now."""
-        return load(self.source(name))
+        """The class of a method: its module is imported now. One that asks for training data must be a control."""
+        source = self.source(name)
+        found = load(source)
+        if "training_data" in found.needs and source.card().get("family") != "control":
+            raise UserError(
+                f"method '{name}' ({source.describe()}) has 'training_data' in `needs`, which only a control may have: "
+                "take it out, or set the family in `CARD` to 'control'"
+            )
+        return found
 
 
 def discover(files: Sequence[Path] = ()) -> Plugins:

@@ -38,8 +38,8 @@ def outcomes_of_text(folder: Path, text: str, before: str = "") -> Outcomes:
     """The outcomes of the method in ``text``: all, or those of the checks that come before one."""
     path = folder / "moments.py"
     path.write_text(text, encoding="utf-8")
-    source, method_class = plugins.method_file(path), plugins.discover([path]).method("moments")
-    found = itertools.takewhile(lambda outcome: outcome.name != before, check.run_checks(source, method_class))
+    source = plugins.method_file(path)
+    found = itertools.takewhile(lambda outcome: outcome.name != before, check.run_checks(source, plugins.load(source)))
     return {outcome.name: outcome for outcome in found}
 
 
@@ -364,7 +364,8 @@ def test_a_method_that_supports_less_says_so(tmp_path: Path) -> None:
     )
     path = tmp_path / "moments.py"
     path.write_text(changed({INIT: INIT + unsupported}), encoding="utf-8")
-    subject = check.Subject(plugins.method_file(path), plugins.discover([path]).method("moments"))
+    source = plugins.method_file(path)
+    subject = check.Subject(source, plugins.load(source))
     assert subject.bench().case == check.LARGE
     works_at_8x8_grey(subject)
     two_epoch_run(subject)

@@ -150,6 +150,14 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
         discover([tmp_path / "gone.py"])
 
 
+def test_training_data_are_for_controls_only(write: Callable[[str, str], Path]) -> None:
+    greedy = METHOD.replace("    Config =", "    needs = frozenset({'training_data'})\n    Config =")
+    with pytest.raises(UserError, match=r"'greedy' .* only a control may have"):
+        discover([write("greedy", greedy)]).method("greedy")
+    control = greedy.replace('"pool"', '"control"')
+    assert discover([write("control", control)]).method("control").needs
+
+
 def test_a_file_without_a_method_is_none(write: Callable[[str, str], Path]) -> None:
     with pytest.raises(UserError, match="no subclass"):
         method_file(write("empty", "x = 1"))
