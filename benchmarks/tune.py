@@ -107,7 +107,8 @@ def run_trials(
             make_suite(
                 "trials", f"{trial.method} trial", dataset, [trial.method], controls=(), seeds=seeds,
                 evaluate_on="validation", protocol=protocol,
-                settings={f"{trial.method}.{name}": value for name, value in trial.settings.items()},
+                settings={f"{trial.method}.{name}": value for name, value in trial.settings.items()}
+                | {"teacher.include_validation": False},
             ), found, home,
         )
         for trial in trials

@@ -94,7 +94,7 @@ def _real_block(groups: Sequence[Group], dataset: DataSet, classes: Sequence[int
     teacher = next((run.teacher for one in groups for run in one.records if run.teacher), None)
     return Block(
         label="real images",
-        note=f"teacher {teacher.accuracy:.2f} %" if teacher else f"{job.evaluate_on} split",
+        note=f"teacher {teacher.percent}" if teacher else f"{job.evaluate_on} split",
         images=_by_class(arrays.images, np.asarray(arrays.labels), classes),
         numbers=_numbers(control) if control else {},
     )

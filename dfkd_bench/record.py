@@ -51,12 +51,20 @@ class Score(Frozen):
 
 
 class TeacherFacts(Frozen):
-    """The teacher a run had: accuracy [%] on the run's held-out images, SHA-256 of the weights, where from."""
+    """The teacher a run had: accuracy [%] on the run's held-out images, SHA-256 of the weights, where from.
+
+    The accuracy of an imported teacher on the validation split is None: it may have been trained on it.
+    """
 
     model: str
-    accuracy: float
+    accuracy: float | None
     sha256: str
     origin: str
+
+    @property
+    def percent(self) -> str:
+        """The accuracy as tables print it."""
+        return "-" if self.accuracy is None else f"{self.accuracy:.2f} %"
 
 
 class MethodFacts(Frozen):

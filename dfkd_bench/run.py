@@ -211,7 +211,7 @@ class _Run:
             knowledge=method_class.outside_knowledge(config) or source.card().get("knowledge", "not stated"),
             teacher=TeacherFacts(
                 model=self.teacher.card.model,
-                accuracy=self.teacher.card.accuracy.get(self.job.evaluate_on, math.nan),
+                accuracy=self.teacher.card.accuracy.get(self.job.evaluate_on),
                 sha256=self.teacher.card.sha256,
                 origin=self.teacher.card.origin,
             ),

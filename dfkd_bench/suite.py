@@ -313,6 +313,11 @@ def expand(
     for pair in suite.pairs:
         teacher_name, student = parse_pair(pair, found)
         teacher = teacher_spec(dataset, teacher_name, suite.protocol, suite.settings)
+        if suite.evaluate_on == "validation" and teacher.recipe and teacher.recipe.include_validation:
+            raise UserError(
+                f"--split validation: teacher {teacher_name} is trained on the validation part, too; give "
+                "-s teacher.include_validation=false, or evaluate on test"
+            )
         plans = {
             name: _plan(name, classes[name], families[name] == "control", lead, suite, pair, found)
             if suite.protocol != "equal"

@@ -221,6 +221,12 @@ def test_seconds_without_a_level_are_those_of_the_whole_run() -> None:
     assert (found.mean_a, found.mean_b) == (30, 50)
 
 
+def test_a_level_of_a_teacher_of_unknown_accuracy_is_not_recorded() -> None:
+    unknown = TeacherFacts(model="convnet16", accuracy=None, sha256="5f" * 32, origin="imported")
+    a, b = (curves(name, [(50, 95)] * 2, teacher=unknown) for name in "ab")
+    assert compare(a, b, measure="epochs", level=95.0).effect is None
+
+
 def test_the_weaker_level_is_what_both_reach() -> None:
     a = curves("a", [(50, 70, 80, 90)] * 2)
     b = curves("b", [(10, 20, 30, 70)] * 2)

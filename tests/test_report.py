@@ -343,6 +343,14 @@ def test_all_failed_without_a_teacher_is_still_a_table() -> None:
     assert [one.label for one in build([failed], TITLE).rows] == ["nayer"]
 
 
+UNKNOWN = TeacherFacts(model="lenet5", accuracy=None, sha256="5f" * 32, origin="imported")
+
+
+def test_a_teacher_of_unknown_accuracy_has_a_dash() -> None:
+    lines = to_text(build([run("fm", 0, teacher=UNKNOWN)], TITLE)).splitlines()
+    assert next(line for line in lines if line.startswith("teacher ")).split()[1] == "-"
+
+
 # Notes
 
 
@@ -488,6 +496,11 @@ def test_a_run_that_stopped_early_keeps_its_last_accuracy() -> None:
     found = band([whole, stopped])
     assert found.seconds == tuple(point.seconds for point in whole.curve)
     assert (found.low[-1], found.high[-1]) == (stopped.curve[2].accuracy, 90.0)
+
+
+def test_a_teacher_of_unknown_accuracy_has_no_line(tmp_path: Path) -> None:
+    path = accuracy_against_time([run("fm", 0, teacher=UNKNOWN)], tmp_path / "curve.svg", TITLE)
+    assert "teacher" not in path.read_text()
 
 
 @pytest.mark.parametrize("suffix", ["png", "svg", "pdf"])

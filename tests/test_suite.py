@@ -358,6 +358,21 @@ def test_teacher_settings_come_before_an_imported_teacher(monkeypatch: pytest.Mo
     assert found.recipe.epochs == 7
 
 
+def test_a_teacher_that_is_trained_on_validation_is_not_evaluated_there() -> None:
+    asked = make_suite("t", "t", "cifar10", ["nayer"], controls=(), evaluate_on="validation")
+    with pytest.raises(UserError, match=r"-s teacher\.include_validation=false"):
+        expand(asked, FOUND, data.dataset("cifar10"), "cpu")
+    left_out = asked.model_copy(update={"settings": {"teacher.include_validation": False}})
+    assert expand(left_out, FOUND, data.dataset("cifar10"), "cpu")
+
+
+def test_an_imported_teacher_may_be_evaluated_on_validation(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = imported(monkeypatch)
+    asked = make_suite("t", "t", "cifar10", ["nayer"], controls=(), evaluate_on="validation")
+    (job,) = expand(asked, FOUND, data.dataset("cifar10"), "cpu")
+    assert job.teacher == spec
+
+
 # --- Identity ---------------------------------------------------------------------------------------------------------
 
 

@@ -138,6 +138,13 @@ def test_protocol_equal_chooses_among_the_budgets_learning_rates(
     assert {job.protocol for job in runs.jobs} == {"equal"}
 
 
+def test_no_teacher_of_a_trial_has_seen_validation(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, runs: Runs
+) -> None:
+    call(monkeypatch, tmp_path, "--protocol", "equal", "--dataset", "cifar10")
+    assert {job.teacher.recipe and job.teacher.recipe.include_validation for job in runs.jobs} == {False}
+
+
 def test_trials_of_other_methods_are_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, runs: Runs) -> None:
     (tmp_path / "trials").mkdir()
     (tmp_path / "trials" / "digits.json").write_text('{"fm": {"trials": []}}')

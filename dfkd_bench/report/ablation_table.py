@@ -250,7 +250,7 @@ def _notes(
     )
     teacher = next((record.teacher for record in records if record.teacher), None)
     if teacher is not None:
-        yield f"teacher: {teacher.accuracy:.2f} %, sha256 {teacher.sha256[:12]}, {teacher.origin}"
+        yield f"teacher: {teacher.percent}, sha256 {teacher.sha256[:12]}, {teacher.origin}"
     machines = sorted({machine(record) for record in records if record.hardware})
     yield f"hardware: {'; '.join(machines)}"
     yield "last epoch: mean ± half-width of the Student-t 95 % interval over n seeds, none at n = 1"

@@ -144,7 +144,8 @@ def _teacher_row(groups: Sequence[Group], references: _References) -> tuple[Row,
     if not known or known[0].teacher is None:
         return ()
     cited = references.cite(_published("teacher", known[0]))
-    last = Interval(known[0].teacher.accuracy, None, 1)
+    measured = known[0].teacher.accuracy
+    last = None if measured is None else Interval(measured, None, 1)
     return (Row("teacher", "teacher", last=last, best=None, published=cited, knowledge="the training data and labels"),)
 
 
@@ -294,7 +295,7 @@ def _teacher_note(records: Sequence[Record]) -> str:
     facts = next((record.teacher for record in records if record.teacher), None)
     if facts is None:
         return "teacher: none was made, see the rows' reasons"
-    return f"teacher: {facts.accuracy:.2f} %, sha256 {facts.sha256[:12]}, {facts.origin}"
+    return f"teacher: {facts.percent}, sha256 {facts.sha256[:12]}, {facts.origin}"
 
 
 def _warnings(groups: Sequence[Group], rows: Sequence[Row]) -> Iterable[str]:

@@ -288,5 +288,5 @@ def _draw(axes: Axes, curves: Sequence[tuple[Group, Band]], crowded: bool) -> No
 
 def _draw_teacher(axes: Axes, records: Sequence[Record]) -> None:
     known = next((record.teacher for record in records if record.teacher), None)
-    if known is not None:
+    if known is not None and known.accuracy is not None:
         axes.axhline(known.accuracy, color="black", linestyle=(0, (4, 2)), linewidth=0.8, label="teacher", zorder=1)

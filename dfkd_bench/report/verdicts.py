@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import exp, inf, log
+from math import exp, inf, isnan, log, nan
 from statistics import fmean
 from typing import Literal
 
@@ -110,7 +110,7 @@ def measured(record: Record, measure: Measure, level: float | None = None) -> Me
         return None if value is None else Measured(value)
     if level is None:
         return Measured(record.total_seconds)
-    if not record.curve:
+    if not record.curve or isnan(level):
         return None
     reached = next((index for index, point in enumerate(record.curve) if point.accuracy >= level), None)
     last = len(record.curve) - 1 if reached is None else reached
@@ -126,10 +126,13 @@ def machine(record: Record) -> str:
 
 
 def level_of(claim: Claim, record: Record) -> float | None:
-    """The accuracy [%] that a claim's level stands for in a run; None for ``weaker`` and without a level."""
+    """The accuracy [%] that a claim's level stands for in a run; None for ``weaker`` and without a level.
+
+    NaN: nobody knows the teacher's accuracy.
+    """
     if not isinstance(claim.level, float) or record.teacher is None:
         return None
-    return claim.level / 100 * record.teacher.accuracy
+    return nan if record.teacher.accuracy is None else claim.level / 100 * record.teacher.accuracy
 
 
 def scored(item: RowRecords) -> dict[int, Record]:
