@@ -104,7 +104,7 @@ def train(
     models: Builders | None = None,
     report: Callable[[TrainingProgress], None] = lambda progress: None,
 ) -> TeacherCard:
-    """Train a teacher on real data and keep it, if it is not at hand. Goes on from its last epoch if it was interrupted.
+    """Train a teacher on real data and keep it, if it is not at hand yet. Goes on from its last epoch.
 
     While another process trains it, this one waits: it needs the same teacher.
     """

@@ -24,9 +24,9 @@ from dfkd_bench import lease, runfolder
 from dfkd_bench.checkpoint import load_tree, random_state, restore_random_state, save_tree, seed_everything
 from dfkd_bench.errors import UserError
 from dfkd_bench.job import Job, TeacherSpec
+from dfkd_bench.lease import Busy, is_stale
 from dfkd_bench.method import Schedule
 from dfkd_bench.pool import Pool
-from dfkd_bench.lease import Busy, is_stale
 from dfkd_bench.runfolder import RunFolder
 
 CPU = torch.device("cpu")

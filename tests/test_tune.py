@@ -138,9 +138,7 @@ def test_protocol_equal_chooses_among_the_budgets_learning_rates(
     assert {job.protocol for job in runs.jobs} == {"equal"}
 
 
-def test_no_teacher_of_a_trial_has_seen_validation(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, runs: Runs
-) -> None:
+def test_no_teacher_of_a_trial_has_seen_validation(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, runs: Runs) -> None:
     call(monkeypatch, tmp_path, "--protocol", "equal", "--dataset", "cifar10")
     assert {job.teacher.recipe and job.teacher.recipe.include_validation for job in runs.jobs} == {False}
 
