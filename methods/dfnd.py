@@ -161,6 +161,14 @@ Dfnd.published = {
     "cifar10/resnet34:resnet18": _released(0.9523),
     "cifar100/resnet34:resnet18": _released(0.7774),
 }
+Dfnd.published = {
+    **Dfnd.published,
+    # Other pairs get the values of their own data set.
+    **{
+        key.partition("/")[0]: entry.model_copy(update={"origin": "transferred"})
+        for key, entry in Dfnd.published.items()
+    },
+}
 Dfnd.search = {
     "selected": (0.25, 0.468323, 1.0),
     "noisy": (0.0, 0.3, 1.0),

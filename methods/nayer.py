@@ -318,9 +318,10 @@ def _cifar(generator_steps: int) -> Published:
 
 
 Nayer.published = {
+    "cifar10/resnet34:resnet18": _cifar(generator_steps=30),  # before Tiny-ImageNet's for data sets without settings
     "cifar10": _cifar(generator_steps=30),
     "cifar100": _cifar(generator_steps=40),
-    "tiny_imagenet": Published(
+    "tiny_imagenet/resnet34:resnet18": Published(
         schedule=Schedule(
             epochs=120, warmup_epochs=20, student_steps=1000, batch_size=256, lr=0.1, weight_decay=1e-4, lr_min=2e-4
         ),
@@ -328,6 +329,10 @@ Nayer.published = {
         origin="code",
         source="tmtuan1307/NAYER, scripts/nayer_100.sh (the 100-epoch variant)",
     ),
+}
+Nayer.published = {
+    **Nayer.published,
+    "tiny_imagenet": Nayer.published["tiny_imagenet/resnet34:resnet18"].model_copy(update={"origin": "transferred"}),
 }
 SMALL = {"encoder": "sbert", "student_eval": True, "synthesis_batch_size": 100, "noisy_width": 256}
 SMALL |= {"generator_width": 32, "generator_lr": 0.01, "loops": 2, "warmup_loops": 4}

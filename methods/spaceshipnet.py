@@ -239,6 +239,14 @@ SpaceshipNet.published = {
     "cifar100/resnet34:resnet18": _released(200, "DFKD_Cifar100_ResNet34_ResNet18_V37_conv012_seed40"),
     "tiny_imagenet/resnet34:resnet18": _released(400, "DFKD_tiny_imagenet_V37_conv012"),
 }
+SpaceshipNet.published = {
+    **SpaceshipNet.published,
+    # Other pairs get the values of their own data set.
+    **{
+        key.partition("/")[0]: entry.model_copy(update={"origin": "transferred"})
+        for key, entry in SpaceshipNet.published.items()
+    },
+}
 SpaceshipNet.search = {
     "generator_steps": (25, 50),
     "generator_lr": (1e-3, 5e-3),

@@ -244,6 +244,14 @@ TaDfkd.published = {
     "cifar100/resnet34:resnet18": _script(500, "README.md and TA-DFKD-main-CIFAR.py"),
     "tiny_imagenet/resnet34:resnet18": _script(500, "README.md and TA-DFKD-main-TinyImageNet.py", shift_views=False),
 }
+TaDfkd.published = {
+    **TaDfkd.published,
+    # Other pairs get the values of their own data set.
+    **{
+        key.partition("/")[0]: entry.model_copy(update={"origin": "transferred"})
+        for key, entry in TaDfkd.published.items()
+    },
+}
 TaDfkd.search = {
     "generator_steps": (1, 3, 5),
     "generator_lr": (1e-3, 4e-3),

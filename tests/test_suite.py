@@ -271,6 +271,30 @@ def test_the_same_pair_of_another_data_set_is_nearer_than_another_pair() -> None
     assert found.config == method.published["cifar10/vgg11:resnet18"].config
 
 
+@pytest.mark.parametrize(
+    ("method", "dataset", "pair"),
+    [
+        ("dfnd", "cifar100", "wrn40_2:wrn16_1"),
+        ("ta_dfkd", "cifar100", "wrn40_2:wrn16_1"),
+        ("ta_dfkd", "tiny_imagenet", "wrn40_2:wrn16_1"),
+        ("spaceshipnet", "tiny_imagenet", "wrn40_2:wrn16_1"),
+        ("nayer", "tiny_imagenet", "wrn40_2:wrn16_1"),
+    ],
+)
+def test_another_pair_gets_the_values_of_its_own_data_set(method: str, dataset: str, pair: str) -> None:
+    released = FOUND.method(method).published[f"{dataset}/resnet34:resnet18"]
+    assert released.origin == "code"
+    found = suite.settings_for(FOUND.method(method), "paper", dataset, pair)
+    assert found == released.model_copy(update={"origin": "transferred"})
+
+
+def test_nayer_on_a_data_set_without_settings_has_cifar10s_whatever_the_pair() -> None:
+    method = FOUND.method("nayer")
+    found = suite.settings_for(method, "paper", "svhn", "resnet34:resnet18")
+    assert found is not None
+    assert found.schedule == method.published["cifar10"].schedule
+
+
 def test_an_override_is_ours_and_is_told() -> None:
     chosen = make_suite("t", "t", "cifar10", ["nayer"], controls=(), settings={"nayer.loops": 3})
     (job,) = jobs_of(chosen)
