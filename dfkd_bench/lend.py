@@ -15,8 +15,6 @@ from dfkd_bench.errors import UserError
 from dfkd_bench.job import TeacherSpec
 from dfkd_bench.method import LabelledImages
 
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
-
 
 def training_data(dataset: DataSet, spec: TeacherSpec, root: Path | None, device: torch.device) -> LabelledImages:
     """What the teacher was trained on; for controls only."""
@@ -29,7 +27,7 @@ def pool(
     """Unlabelled images of another data set (its training split) or of a folder, in the shape of ``dataset``.
 
     ``name``: a data set's name, or ``folder:PATH`` with any images below it. uint8 [n, C, H, W] on ``device``; the
-    teacher's own data set is refused.
+    teacher's own data set is refused, and so is whatever shares images with it.
     """
     other = known_pool(name, dataset, root, extra)
     if isinstance(other, Path):
@@ -46,20 +44,39 @@ def known_pool(
     if name.startswith(data.FOLDER_PREFIX):
         folder = Path(name.removeprefix(data.FOLDER_PREFIX)).expanduser()
         image_files(folder)
+        _refuse_own_images(name, folder.resolve(), dataset, root, extra)
         return folder
     other = data.dataset(name, root, extra)
     if other.name == dataset.name:
         raise UserError(f"pool '{name}' is the teacher's own data set: name another one, or folder:PATH")
+    if other.name in [relative.name for relative in data.same_images(dataset, extra)]:
+        raise UserError(
+            f"pool '{name}' has images of {dataset.name}, the teacher's own data set: name another one, or folder:PATH"
+        )
     return other
+
+
+def _refuse_own_images(
+    name: str, folder: Path, dataset: DataSet, root: Path | None, extra: Mapping[str, DataSet] | None
+) -> None:
+    """``UserError``: the folder lies in one that holds the teacher's own images, or around it."""
+    for known in data.same_images(dataset, extra):
+        for own in known.own_folders(root):
+            inner, outer = sorted((folder, own.resolve()), key=lambda path: -len(path.parts))
+            if inner.is_relative_to(outer):
+                raise UserError(
+                    f"pool '{name}' has images of {dataset.name}, the teacher's own data set: {own} belongs to "
+                    f"{known.name}; name a folder of other images"
+                )
 
 
 def image_files(folder: Path) -> list[Path]:
     """All images below ``folder`` in the order of their paths; none are a ``UserError``."""
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}")
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    files = data.images_below(folder)
     if not files:
-        raise UserError(f"there are no images ({', '.join(sorted(IMAGE_SUFFIXES))}) below {folder}")
+        raise UserError(f"there are no images ({', '.join(sorted(data.IMAGE_SUFFIXES))}) below {folder}")
     return files
 
 
@@ -76,6 +93,7 @@ def folder_images(folder: Path, shape: tuple[int, int, int], resize: bool = Fals
     for path in image_files(folder.expanduser()):
         try:
             with Image.open(path) as image:
+                data.refuse_deep_pixels(path, image.mode)
                 pixels = pil_to_tensor(image.convert("RGB" if shape[0] == 3 else "L"))
         except (OSError, ValueError) as error:
             raise UserError(f"{path} can't be read as an image ({error}): replace or remove it") from None

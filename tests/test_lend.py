@@ -9,10 +9,13 @@ import pytest
 import torch
 from PIL import Image
 
-from dfkd_bench import data, lend
+from dfkd_bench import data, lend, plugins
+from dfkd_bench.data import DataSet
 from dfkd_bench.errors import UserError
+from dfkd_bench.suite import expand, read_suite, suite_names, with_all
 
 CPU = torch.device("cpu")
+FOUND = plugins.discover()
 
 
 def test_fitting_keeps_images_that_fit() -> None:
@@ -79,3 +82,52 @@ def test_a_broken_image_is_named(tmp_path: Path) -> None:
 def test_the_teachers_own_data_set_is_no_pool() -> None:
     with pytest.raises(UserError, match="own data set"):
         lend.pool("digits", data.dataset("digits"), None, CPU)
+
+
+@pytest.mark.parametrize(
+    ("own", "pool"),
+    [("glyphs16", "glyphs32"), ("glyphs32", "glyphs16"), ("tiny_imagenet", "imagenet"), ("imagenet", "tiny_imagenet")],
+)
+def test_a_data_set_with_the_teachers_images_is_no_pool(own: str, pool: str) -> None:
+    with pytest.raises(UserError, match=f"pool '{pool}' has images of {own}, the teacher's own data set"):
+        lend.known_pool(pool, data.dataset(own), None)
+
+
+@pytest.mark.parametrize("own", ["tiny_imagenet", "imagenet"])
+@pytest.mark.parametrize("inside", [".", "tiny-imagenet-200", "tiny-imagenet-200/val/images"])
+def test_a_folder_with_the_teachers_images_is_no_pool(own: str, inside: str, tmp_path: Path) -> None:
+    images = tmp_path / "tiny-imagenet-200/val/images"
+    images.mkdir(parents=True)
+    (images / "val_0.JPEG").touch()
+    with pytest.raises(UserError, match=f"has images of {own}, .* belongs to tiny_imagenet"):
+        lend.known_pool(f"folder:{tmp_path / inside}", data.dataset(own), tmp_path)
+
+
+def test_a_folder_beside_the_teachers_images_is_a_pool(tmp_path: Path) -> None:
+    (tmp_path / "tiny-imagenet-200").mkdir()
+    (tmp_path / "flowers").mkdir()
+    (tmp_path / "flowers" / "0.png").touch()
+    pool = lend.known_pool(f"folder:{tmp_path / 'flowers'}", data.dataset("tiny_imagenet"), tmp_path)
+    assert pool == tmp_path / "flowers"
+
+
+@pytest.mark.parametrize("name", suite_names())
+def test_the_pools_of_every_built_in_suite_can_be_lent(name: str) -> None:
+    suite = with_all(read_suite(name), FOUND)
+    dataset = data.dataset(suite.dataset)
+    borrowers = tuple(name for name in (*suite.controls, *suite.methods) if "unlabelled" in FOUND.method(name).needs)
+    fewer = suite.model_copy(update={"methods": borrowers, "controls": (), "seeds": (0,)})
+    pools = {job.config["pool"] for job in expand(fewer, FOUND, dataset, "cpu", "fp32")}
+    assert all(isinstance(lend.known_pool(pool, dataset, None), DataSet) for pool in pools)
+
+
+@pytest.mark.parametrize("suffix", sorted(data.IMAGE_SUFFIXES))
+def test_a_pool_may_have_any_kind_of_image_that_a_data_set_may_have(suffix: str, tmp_path: Path) -> None:
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / f"image{suffix}")
+    assert len(lend.folder_images(tmp_path, (1, 8, 8))) == 1
+
+
+def test_pixels_of_more_than_8_bits_are_refused(tmp_path: Path) -> None:
+    Image.fromarray(np.zeros((8, 8), np.uint16)).save(tmp_path / "deep.tif")
+    with pytest.raises(UserError, match=r"deep\.tif has pixels of mode 'I;16': expected 8-bit"):
+        lend.folder_images(tmp_path, (1, 8, 8))

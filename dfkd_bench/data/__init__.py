@@ -24,6 +24,7 @@ from pathlib import Path
 from dfkd_bench.data._arrays import SPLITS, Arrays, Part, RawData, Split
 from dfkd_bench.data._dataset import DataSet
 from dfkd_bench.data._folder import FOLDER_PREFIX, image_folder, unmeasured_state
+from dfkd_bench.data._image_files import IMAGE_SUFFIXES, images_below, refuse_deep_pixels
 from dfkd_bench.data._raw import Raw
 from dfkd_bench.data._splits import VALIDATION_SEED, stratified
 from dfkd_bench.errors import unknown
@@ -31,6 +32,7 @@ from dfkd_bench.paths import data_root
 
 __all__ = [
     "FOLDER_PREFIX",
+    "IMAGE_SUFFIXES",
     "SPLITS",
     "VALIDATION_SEED",
     "Arrays",
@@ -41,6 +43,9 @@ __all__ = [
     "Split",
     "dataset",
     "dataset_names",
+    "images_below",
+    "refuse_deep_pixels",
+    "same_images",
     "status",
     "stratified",
 ]
@@ -63,6 +68,13 @@ def dataset(name: str, root: Path | None = None, extra: Mapping[str, DataSet] | 
     if name not in known:
         raise unknown("data set", name, known, f"Your own images: {FOLDER_PREFIX}PATH with train/ and test/")
     return replace(known[name], root=root)
+
+
+def same_images(of: DataSet, extra: Mapping[str, DataSet] | None = None) -> list[DataSet]:
+    """The data set itself and those that say that they share images with it, or of which it says so."""
+    known = {**_built_in(), **(extra or {})}
+    others = [one for name, one in known.items() if name in of.shares_images_with or of.name in one.shares_images_with]
+    return [of, *(replace(one, root=of.root) for one in others)]
 
 
 def status(name: str, root: Path | None = None, extra: Mapping[str, DataSet] | None = None) -> str:

@@ -39,6 +39,7 @@ class DataSet:
     sizes: tuple[int, int] | None = None  # images in the training part (with validation) and in the test part
     raw: Raw = _NO_RAW_FILES
     one_file: bool = False  # both parts come in one file: all splits are prepared together
+    shares_images_with: tuple[str, ...] = ()  # other data sets' names; saying it on one side is enough
     root: Path | None = None  # ``--data-root``; None: ``$DFKD_BENCH_DATA``, then the home
 
     @property
@@ -59,6 +60,10 @@ class DataSet:
     def prepared_files(self, split: Split) -> tuple[Path, ...]:
         """The only files that a prepared split opens: images, labels, index."""
         return (*(self.folder / f"{split}-{kind}.npy" for kind in KINDS), self.folder / f"{split}-index.json")
+
+    def own_folders(self, root: Path | None = None) -> tuple[Path, ...]:
+        """Folders that hold nothing but this data set, raw or prepared. ``root``: as for ``split``."""
+        return (*self.raw.own_folders(data_root(root if root is not None else self.root)), self.folder)
 
     def split(self, split: Split, root: Path | None = None) -> Arrays:
         """Images and labels of one split; prepares it first if that was not done yet.

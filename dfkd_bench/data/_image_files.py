@@ -16,13 +16,18 @@ if TYPE_CHECKING:
     from dfkd_bench.data._arrays import Images, Part
     from dfkd_bench.data._dataset import DataSet
 
-_IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 _MODES = frozenset({"1", "CMYK", "L", "LA", "P", "RGB", "RGBA", "YCbCr"})  # 8 bits a channel
 
 
 def image_files(folder: Path) -> list[Path]:
     """The image files of a folder, sorted by name."""
-    return sorted(path for path in folder.iterdir() if path.suffix.lower() in _IMAGE_SUFFIXES)
+    return sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
+
+
+def images_below(folder: Path) -> list[Path]:
+    """All image files of a folder and its folders, in the order of their paths."""
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
 
 
 def class_folders(folder: Path) -> list[str]:
@@ -42,8 +47,7 @@ def decode(path: Path, shape: tuple[int, int, int], resize: bool = False) -> Ima
     channels, height, width = shape
     try:
         with Image.open(path) as image:
-            if image.mode not in _MODES:
-                raise UserError(f"{path} has pixels of mode '{image.mode}': expected 8-bit gray or RGB")
+            refuse_deep_pixels(path, image.mode)
             if not resize and (image.size != (width, height) or (channels == 1 and not is_gray(image.mode))):
                 found = (1 if is_gray(image.mode) else 3, image.height, image.width)
                 raise UserError(
@@ -62,6 +66,12 @@ def decode(path: Path, shape: tuple[int, int, int], resize: bool = False) -> Ima
         pixels = pixels.crop((left, top, left + width, top + height))
     array = np.asarray(pixels, np.uint8)
     return np.ascontiguousarray(array[None] if channels == 1 else array.transpose(2, 0, 1))
+
+
+def refuse_deep_pixels(path: Path, mode: str) -> None:
+    """``UserError``: pixels of one of Pillow's modes with more than 8 bits a channel, which would be cut off."""
+    if mode not in _MODES:
+        raise UserError(f"{path} has pixels of mode '{mode}': expected 8-bit gray or RGB")
 
 
 def is_gray(mode: str) -> bool:

@@ -27,6 +27,12 @@ class Raw:
         """The first of them that exists."""
         return next((path for path in self.candidates(root, file) if path.exists()), None)
 
+    def own_folders(self, root: Path) -> list[Path]:
+        """Every folder that holds raw files of this data set alone: not those that ``folders`` names, such as the data
+        root."""
+        tops = dict.fromkeys(Path(file).parts[0] for file in self.train + self.test)
+        return [path for top in tops for path in self.candidates(root, top) if path.is_dir()]
+
     def at_hand(self, root: Path) -> bool:
         """True if all files, or the archive, exist. Looks at names only."""
         if self.archive and self.find(root, self.archive):

@@ -28,6 +28,7 @@ GLYPHS16 = DataSet(
     sizes=(glyphs.PER_CLASS["train"] * len(glyphs.CLASSES), glyphs.PER_CLASS["test"] * len(glyphs.CLASSES)),
     source="drawn from the DejaVu and Computer Modern fonts that come with matplotlib, see docs/glyphs.md",
     read=_read,
+    shares_images_with=("glyphs32",),  # the same scenes
 )
 
 GLYPHS32 = replace(
@@ -37,6 +38,7 @@ GLYPHS32 = replace(
     image_shape=(3, 32, 32),
     mean=(0.4969, 0.4970, 0.4961),
     std=(0.2836, 0.2865, 0.2838),
+    shares_images_with=("glyphs16",),
 )
 
 DATASETS = {data.name: data for data in (GLYPHS16, GLYPHS32)}

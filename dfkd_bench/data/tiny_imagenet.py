@@ -65,6 +65,7 @@ TINY_IMAGENET = DataSet(
     source="Stanford CS231n; ImageNet's terms: non-commercial research and education",
     read=_read,
     raw=_RAW,
+    shares_images_with=("imagenet",),
 )
 
 DATASETS = {TINY_IMAGENET.name: TINY_IMAGENET}
