@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
-import os
 import platform
 import subprocess
-import uuid
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -18,6 +16,8 @@ from pydantic import Field, ValidationError
 from dfkd_bench import __version__
 from dfkd_bench.clock import total
 from dfkd_bench.errors import UserError
+from dfkd_bench.files import write_bytes as write_bytes
+from dfkd_bench.files import write_text as write_text
 from dfkd_bench.job import PROTOCOL_VERSION, Job
 from dfkd_bench.method import Frozen
 
@@ -151,26 +151,6 @@ def write(output: Path, record: Record) -> Path:
     path = record_path(output, record.job)
     write_text(path, record.model_dump_json(indent=1) + "\n")
     return path
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write ``text`` so that a reader sees the old file or the whole new one, whatever happens in between."""
-    write_bytes(path, text.encode())
-
-
-def write_bytes(path: Path, data: bytes) -> None:
-    """``write_text`` for bytes."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")  # opened plainly, so that the umask decides
-    try:
-        with temporary.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def read(path: Path) -> Record:

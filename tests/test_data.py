@@ -10,12 +10,14 @@ import json
 import os
 import pickle
 import shutil
+import stat
 import struct
 import subprocess
 import sys
 import tarfile
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -321,6 +323,40 @@ def test_wrong_download_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert list(tmp_path.glob("cifar*")) == []
 
 
+@pytest.fixture
+def plain_umask() -> Iterator[None]:
+    before = os.umask(0o022)
+    yield
+    os.umask(before)
+
+
+@pytest.fixture
+def served_mnist(publish: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DataSet:
+    """Not on disk yet; a download delivers it."""
+    served = tmp_path / "server"
+    monkeypatch.setattr(_fetch, "_download", lambda address: (served / address.rsplit("/", 1)[1]).read_bytes())
+    return small_mnist(publish, served, tmp_path / "raw")
+
+
+@pytest.mark.usefixtures("plain_umask")
+def test_others_may_read_a_download(served_mnist: DataSet, tmp_path: Path) -> None:
+    served_mnist.split("test")
+    modes = {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "raw" / "mnist").iterdir()}
+    assert modes == {0o644}
+
+
+def test_a_full_disk_leaves_no_part_of_a_download(
+    served_mnist: DataSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(UserError, match=r"can't write .*No space left on device"):
+        served_mnist.split("test")
+    assert list((tmp_path / "raw" / "mnist").iterdir()) == []
+
+
 # --- CIFAR ------------------------------------------------------------------------------------------------------------
 
 
@@ -546,6 +582,12 @@ def test_folder_opens_no_training_image_the_second_time(own: Path, monkeypatch: 
     again = dataset(f"folder:{own}")
     again.split("test")
     assert (again.mean, again.std, again.image_shape) == (first.mean, first.std, first.image_shape)
+
+
+@pytest.mark.usefixtures("plain_umask")
+def test_others_may_read_what_was_measured_of_a_folder(own: Path) -> None:
+    facts = dataset(f"folder:{own}").folder / "facts.json"
+    assert stat.S_IMODE(facts.stat().st_mode) == 0o644
 
 
 def test_changed_folder_is_prepared_anew(own: Path) -> None:

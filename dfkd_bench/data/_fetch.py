@@ -5,14 +5,13 @@ from __future__ import annotations
 import hashlib
 import http.client
 import logging
-import os
-import tempfile
 import urllib.request
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from dfkd_bench.data._reason import reason
 from dfkd_bench.errors import UserError
+from dfkd_bench.files import write_bytes
 from dfkd_bench.paths import DATA_VARIABLE
 
 if TYPE_CHECKING:
@@ -51,10 +50,7 @@ def fetch(data: DataSet, root: Path, file: str) -> tuple[bytes, Path]:
     if not is_published(data, file, content):
         raise missing(data, root, f"what {data.raw.address}{file} delivers has a wrong md5 checksum")
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=target.parent, delete=False) as temporary:
-            temporary.write(content)
-        os.replace(temporary.name, target)
+        write_bytes(target, content)
     except OSError as error:
         raise UserError(f"can't write {target} ({reason(error)}): name another folder by --data-root DIR") from None
     return content, target

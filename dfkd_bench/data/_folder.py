@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +18,7 @@ from dfkd_bench.data._prepared import prepared_folder
 from dfkd_bench.data._raw import Raw
 from dfkd_bench.data._reason import reason
 from dfkd_bench.errors import UserError
+from dfkd_bench.files import write_text
 
 if TYPE_CHECKING:
     from dfkd_bench.data._arrays import Images
@@ -64,9 +63,7 @@ def image_folder(name: str) -> DataSet:
     )
     if facts is None:
         facts = {"image_shape": unmeasured.image_shape, **_measured(unmeasured.split("train").images)}
-        with tempfile.NamedTemporaryFile("w", dir=unmeasured.folder, delete=False, encoding="utf-8") as file:
-            json.dump(facts, file)
-        os.replace(file.name, cache.facts_file)
+        write_text(cache.facts_file, json.dumps(facts))
     return replace(unmeasured, mean=tuple(facts["mean"]), std=tuple(facts["std"]))
 
 
