@@ -62,6 +62,9 @@ class Job(Frozen):
     generation_cap: int | None = Field(
         None, ge=0, description="protocol `equal`: images that may pass through the teacher with gradient in synthesis"
     )
+    inputs: dict[str, str] = Field(
+        {}, description="digests of what names do not fix, by setting: the user's own files and data sets"
+    )
     # Where the settings come from. Not part of the identity: a better citation does not change a result.
     origin: Origin = "ours"
     source: str = ""
@@ -77,6 +80,8 @@ class Job(Frozen):
         identity = self.model_dump(mode="json", exclude={"origin", "source"})
         if self.generation_cap is None:  # the ids of the other protocols' jobs do not know of it
             del identity["generation_cap"]
+        if not self.inputs:  # nor those of jobs on built-in data sets of this
+            del identity["inputs"]
         if ARITHMETIC[self.precision] > 1:  # nor those of fp32 of this
             identity["arithmetic"] = ARITHMETIC[self.precision]
         return digest(identity)[:12]

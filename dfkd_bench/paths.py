@@ -12,7 +12,8 @@ DATA_VARIABLE = "DFKD_BENCH_DATA"
 
 
 def home() -> Path:
-    """``$DFKD_BENCH_HOME``, or the platform's cache folder. Holds data/, teachers/, embeddings/ and runs/."""
+    """``$DFKD_BENCH_HOME``, or the platform's cache folder. Holds data/, digests/, teachers/, embeddings/
+    and runs/."""
     named = os.environ.get(HOME_VARIABLE)
     return Path(named).expanduser() if named else Path(platformdirs.user_cache_dir("dfkd-bench"))
 

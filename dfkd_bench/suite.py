@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field, ValidationError
 
-from dfkd_bench import equal, teachers
+from dfkd_bench import equal, inputs, teachers
 from dfkd_bench.compute import resolve_device, resolve_precision
 from dfkd_bench.data import DataSet
 from dfkd_bench.errors import UserError, unknown, validation_line
@@ -324,6 +324,7 @@ def expand(
             else _equal_plan(name, classes[name], suite, pair, dataset, found)
             for name in classes
         }
+        digests = {name: inputs.digests(classes[name], plan.config, dataset, found) for name, plan in plans.items()}
         for seed in suite.seeds:
             for name, plan in plans.items():
                 jobs.append(
@@ -339,6 +340,7 @@ def expand(
                         evaluate_on=suite.evaluate_on,
                         precision=resolved,
                         generation_cap=cap,
+                        inputs=digests[name],
                         origin=plan.origin,
                         source=plan.source,
                     )

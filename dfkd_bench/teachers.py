@@ -70,8 +70,11 @@ class TrainingProgress:
 
 
 def folder(dataset: DataSet, spec: TeacherSpec) -> Path:
-    """Where a teacher is kept: the spec decides, so that equal specs share one teacher."""
+    """Where a teacher is kept: the spec decides, so that equal specs share one teacher. Where the data set's name does
+    not fix its images, their digest decides with it."""
     name = spec.sha256[:8] if spec.sha256 else digest(spec.model_dump(mode="json"))[:8]
+    if dataset.content is not None:
+        name = digest([name, dataset.content])[:8]
     return home() / "teachers" / record.safe_name(dataset.name) / f"{spec.model}-{name}"
 
 

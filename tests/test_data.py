@@ -599,8 +599,43 @@ def test_changed_folder_is_prepared_anew(own: Path) -> None:
 def test_folder_with_a_replaced_image_is_prepared_anew(own: Path) -> None:
     before = dataset(f"folder:{own}").version
     image = own / "train" / "spoon" / "0.png"  # the same size in bytes: only its time tells
+    shutil.copyfile(own / "train" / "spoon" / "1.png", image)
     os.utime(image, ns=(0, image.stat().st_mtime_ns + 1000))
     assert dataset(f"folder:{own}").version != before
+
+
+@pytest.mark.parametrize("part", ["train", "test"])
+def test_folder_with_a_new_image_has_another_content(part: str, own: Path) -> None:
+    before = dataset(f"folder:{own}").content
+    save(own / part / "spoon" / "new.png", images_of(1, 6)[0])
+    assert dataset(f"folder:{own}").content != before
+
+
+def test_folder_with_a_new_class_without_images_has_another_content(own: Path) -> None:
+    before = dataset(f"folder:{own}").content
+    (own / "train" / "fork").mkdir()
+    assert dataset(f"folder:{own}").content != before
+
+
+def test_copied_folder_has_the_same_content(own: Path, tmp_path: Path) -> None:
+    shutil.copytree(own, tmp_path / "copy", copy_function=shutil.copyfile)  # with other times of change
+    assert dataset(f"folder:{tmp_path / 'copy'}").content == dataset(f"folder:{own}").content
+
+
+def test_folder_is_named_by_its_absolute_path(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(own.parent)
+    assert dataset("folder:own").name == f"folder:{own}"
+
+
+def test_content_of_a_folder_is_read_once(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = dataset(f"folder:{own}").content
+    monkeypatch.setattr(hashlib, "file_digest", lambda *_: pytest.fail("read again"))
+    assert dataset(f"folder:{own}").content == before
+
+
+@pytest.mark.parametrize("name", data.dataset_names())
+def test_the_name_of_a_built_in_data_set_fixes_its_content(name: str) -> None:
+    assert dataset(name).content is None
 
 
 def test_colour_in_the_test_part_of_a_gray_folder_is_refused(tmp_path: Path) -> None:

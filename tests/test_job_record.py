@@ -76,6 +76,7 @@ def test_so_does_the_id_of_a_job_in_bf16() -> None:
         {"protocol_version": 2},
         {"evaluate_on": "validation"},
         {"precision": "bf16"},
+        {"inputs": {"pool": "ab" * 32}},
     ],
     ids=lambda fields: next(iter(fields)),
 )

@@ -23,6 +23,7 @@ from pathlib import Path
 
 from dfkd_bench.data._arrays import SPLITS, Arrays, Part, RawData, Split
 from dfkd_bench.data._dataset import DataSet
+from dfkd_bench.data._digest import folder_digest
 from dfkd_bench.data._folder import FOLDER_PREFIX, image_folder, unmeasured_state
 from dfkd_bench.data._image_files import IMAGE_SUFFIXES, images_below, refuse_deep_pixels
 from dfkd_bench.data._raw import Raw
@@ -43,6 +44,7 @@ __all__ = [
     "Split",
     "dataset",
     "dataset_names",
+    "folder_digest",
     "images_below",
     "refuse_deep_pixels",
     "same_images",

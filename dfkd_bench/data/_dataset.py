@@ -15,6 +15,7 @@ from dfkd_bench.data._splits import parts_of
 from dfkd_bench.errors import UserError, unknown
 from dfkd_bench.paths import data_root
 
+FIRST_VERSION = "1"
 _NO_RAW_FILES = Raw()
 
 log = logging.getLogger(__name__)
@@ -35,7 +36,7 @@ class DataSet:
     validation_size: int  # images cut from the training part
     source: str  # where it comes from, and its licence
     read: Callable[[DataSet, Path, Part], RawData]
-    version: str = "1"  # of the preparation: raise it when prepared files would differ
+    version: str = FIRST_VERSION  # of the preparation: raise it when prepared files would differ
     sizes: tuple[int, int] | None = None  # images in the training part (with validation) and in the test part
     raw: Raw = _NO_RAW_FILES
     one_file: bool = False  # both parts come in one file: all splits are prepared together
@@ -51,6 +52,11 @@ class DataSet:
         if kept.is_file():
             return tuple(json.loads(kept.read_text(encoding="utf-8")))
         return self.names(data_root(self.root))
+
+    @property
+    def content(self) -> str | None:
+        """What tells its images from others of the same name, for jobs and teachers; None: the name alone does."""
+        return None if self.version == FIRST_VERSION else self.version
 
     @property
     def folder(self) -> Path:

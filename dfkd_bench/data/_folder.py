@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from dfkd_bench import class_names
 from dfkd_bench.data._arrays import BLOCK, Part, RawData
 from dfkd_bench.data._dataset import DataSet
+from dfkd_bench.data._digest import digest_of, kept_digest
 from dfkd_bench.data._fetch import raw_path
 from dfkd_bench.data._image_files import class_folders, image_files, is_gray, read_class_folders
 from dfkd_bench.data._prepared import prepared_folder
@@ -44,8 +44,11 @@ def image_folder(name: str) -> DataSet:
         raise UserError(
             f"{path / 'train'} has {len(classes)} class folders with {len(files)} images: expected at least 2 and 10"
         )
-    cache = _cache(name, path)
-    facts = _facts(cache)
+    path = path.resolve()  # another working directory has another folder of the same relative name
+    name = f"{FOLDER_PREFIX}{path}"
+    version = _version(digest_of(path, _contents(path)))
+    facts_file = _facts_file(name, version)
+    facts = _facts(facts_file)
     unmeasured = DataSet(
         name=name,
         title=f"{len(classes)} classes of images in {path}",
@@ -58,50 +61,47 @@ def image_folder(name: str) -> DataSet:
         validation_size=len(files) // 10,
         source="the user's own",
         read=_read,
-        version=cache.version,
-        raw=Raw(("train",), ("test",), folders=(str(path.resolve()),)),
+        version=version,
+        raw=Raw(("train",), ("test",), folders=(str(path),)),
     )
     if facts is None:
         facts = {"image_shape": unmeasured.image_shape, **_measured(unmeasured.split("train").images)}
-        write_text(cache.facts_file, json.dumps(facts))
+        write_text(facts_file, json.dumps(facts))
     return replace(unmeasured, mean=tuple(facts["mean"]), std=tuple(facts["std"]))
 
 
 def unmeasured_state(name: str) -> str | None:
     """The state of a folder that was not measured yet, as ``status`` gives it; None: it was. Opens no image."""
-    path = Path(name.removeprefix(FOLDER_PREFIX)).expanduser()
+    path = Path(name.removeprefix(FOLDER_PREFIX)).expanduser().resolve()
     if any(not (path / part).is_dir() for part in get_args(Part)):
-        return f"missing: train and test in {path.resolve()}"
-    return "raw files found" if _facts(_cache(name, path)) is None else None
+        return f"missing: train and test in {path}"
+    digest = kept_digest(path, _contents(path))
+    measured = digest is not None and _facts(_facts_file(f"{FOLDER_PREFIX}{path}", _version(digest))) is not None
+    return None if measured else "raw files found"
 
 
-@dataclass(frozen=True)
-class _Cache:
-    """Where a folder's prepared files go: the version is a digest of all names, sizes and times of change."""
-
-    name: str
-    version: str
-
-    @property
-    def facts_file(self) -> Path:
-        """Where shape, mean and standard deviation are kept."""
-        return prepared_folder(self.name, self.version) / "facts.json"
-
-
-def _cache(name: str, path: Path) -> _Cache:
-    digest = hashlib.sha256(str(path.resolve()).encode())
+def _contents(path: Path) -> list[Path]:
+    """The folders of the classes and their images: what decides the data set."""
+    found = []
     for part in get_args(Part):
         for class_name in class_folders(path / part):
-            for file in image_files(path / part / class_name):
-                facts = file.stat()
-                digest.update(f"{part}/{class_name}/{file.name}\0{facts.st_size}\0{facts.st_mtime_ns}\0".encode())
-    return _Cache(name, f"1-{digest.hexdigest()[:16]}")
+            found += [path / part / class_name, *image_files(path / part / class_name)]
+    return found
 
 
-def _facts(cache: _Cache) -> dict[str, Any] | None:
+def _version(digest: str) -> str:
+    return f"1-{digest[:16]}"
+
+
+def _facts_file(name: str, version: str) -> Path:
+    """Where shape, mean and standard deviation are kept."""
+    return prepared_folder(name, version) / "facts.json"
+
+
+def _facts(file: Path) -> dict[str, Any] | None:
     """Image shape, mean and standard deviation, if they were measured."""
     try:
-        facts = json.loads(cache.facts_file.read_bytes())
+        facts = json.loads(file.read_bytes())
         return {key: tuple(facts[key]) for key in ("image_shape", "mean", "std")}
     except (OSError, ValueError, KeyError, TypeError):
         return None

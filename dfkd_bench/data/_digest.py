@@ -1,0 +1,55 @@
+"""The content of the user's own files as one number: it tells them from other files of the same names."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from dfkd_bench.data._image_files import images_below
+from dfkd_bench.files import write_text
+from dfkd_bench.paths import home
+
+
+def digest_of(folder: Path, paths: Sequence[Path]) -> str:
+    """SHA-256 of names below ``folder`` and of bytes; of a folder among ``paths`` the name alone counts.
+
+    It is kept: files are read again only after a change of any name, size or time of change.
+    """
+    found = kept_digest(folder, paths)
+    if found is not None:
+        return found
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(f"{path.relative_to(folder).as_posix()}\0".encode())
+        if not path.is_dir():
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+    with contextlib.suppress(OSError):  # a home that can't be written costs time only
+        write_text(_kept(folder, paths), digest.hexdigest())
+    return digest.hexdigest()
+
+
+def kept_digest(folder: Path, paths: Sequence[Path]) -> str | None:
+    """``digest_of`` where it was kept; None: the files would have to be read."""
+    try:
+        text = _kept(folder, paths).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return None
+    return text if re.fullmatch(r"[0-9a-f]{64}", text) else None
+
+
+def folder_digest(folder: Path) -> str | None:
+    """``digest_of`` all images below a folder; None: there are none."""
+    files = images_below(folder) if folder.is_dir() else []
+    return digest_of(folder, files) if files else None
+
+
+def _kept(folder: Path, paths: Sequence[Path]) -> Path:
+    key = hashlib.sha256(str(folder.resolve()).encode())
+    for path in paths:
+        facts = path.stat()
+        key.update(f"{path.relative_to(folder).as_posix()}\0{facts.st_size}\0{facts.st_mtime_ns}\0".encode())
+    return home() / "digests" / key.hexdigest()[:32]
