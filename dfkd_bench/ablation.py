@@ -22,6 +22,7 @@ from dfkd_bench.plugins import Plugins
 from dfkd_bench.record import Record
 from dfkd_bench.suite import (
     TEACHER,
+    Seeds,
     Suite,
     defaults,
     expand,
@@ -131,7 +132,7 @@ class _File(BaseModel, extra="forbid"):
     """The keys of an ablation's TOML file."""
 
     title: str
-    seeds: str | int = "0-4"
+    seeds: Seeds = "0-4"
     axis: str | None = None
     rows: tuple[Row, ...] = Field(min_length=1)
     claims: tuple[Claim, ...] = Field(min_length=1)
@@ -176,7 +177,7 @@ def read_ablation(
         dataset=cell.dataset,
         protocol=cell.protocol,
         pair=cell.pairs[0],
-        seeds=parse_seeds(seeds if seeds is not None else str(file.seeds)),
+        seeds=parse_seeds(seeds if seeds is not None else file.seeds),
         rows=file.rows,
         claims=file.claims,
         axis=file.axis,

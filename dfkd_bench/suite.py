@@ -9,9 +9,9 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 
 from dfkd_bench import equal, inputs, teachers
 from dfkd_bench.compute import resolve_device, resolve_precision
@@ -27,6 +27,16 @@ SMALL_RECIPE = {"epochs": 30, "include_validation": False}  # `smoke` on a data 
 
 ALL = "all"  # among the methods of a suite: every data-free one
 PROTOCOLS: tuple[ProtocolName, ...] = ("paper", "equal", "smoke")
+
+
+def _seeds_as_text(value: Any) -> str:
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        raise ValueError(f'expected a number, or text such as "0-2" or "0,3,5" (given: {value!r})')
+    return str(value)
+
+
+Seeds = Annotated[str, BeforeValidator(_seeds_as_text)]
+"""Of a TOML file: ``seeds = 3``, ``seeds = "0-2"``."""
 
 
 class Suite(Frozen):
@@ -50,10 +60,10 @@ class _File(BaseModel, extra="forbid"):
     title: str
     dataset: str
     protocol: ProtocolName | None = None
-    pairs: tuple[str, ...] | None = None
+    pairs: tuple[str, ...] | None = Field(None, min_length=1)
     methods: tuple[str, ...] | Literal["all"] = Field(min_length=1)
     controls: tuple[str, ...] | None = None
-    seeds: str | int = "0"
+    seeds: Seeds = "0"
     settings: dict[str, Any] = {}
 
 
@@ -124,8 +134,8 @@ def read_suite(name_or_file: str) -> Suite:
         protocol=file.protocol,
         pairs=file.pairs,
         controls=file.controls,
-        seeds=parse_seeds(str(file.seeds)),
-        settings=flat_settings(file.settings),
+        seeds=parse_seeds(file.seeds),
+        settings=flat_settings(name, file.settings),
     )
 
 
@@ -152,9 +162,9 @@ def make_suite(
         title=title,
         dataset=dataset,
         protocol=chosen,
-        pairs=tuple(pairs or (known["pair"],)),
+        pairs=tuple(dict.fromkeys(pairs or (known["pair"],))),
         methods=tuple(dict.fromkeys(methods)),
-        controls=tuple(control for control in all_controls if control not in methods),
+        controls=tuple(control for control in dict.fromkeys(all_controls) if control not in methods),
         seeds=tuple(seeds),
         settings=dict(settings or {}),
         evaluate_on=evaluate_on,
@@ -280,14 +290,16 @@ def initial_images(folder: str, methods: Sequence[str], found: Plugins) -> dict[
     return {f"{name}.initial_images": folder for name in takers}
 
 
-def flat_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """TOML's nested tables as "method.setting" keys."""
+def flat_settings(suite: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """TOML's nested tables, or its keys such as ``"nayer.lr"``, as "method.setting" keys."""
     flat: dict[str, Any] = {}
     for method, value in settings.items():
         if isinstance(value, Mapping):
             flat |= {f"{method}.{key}": item for key, item in value.items()}
-        else:
+        elif "." in method:
             flat[method] = value
+        else:
+            raise UserError(f"suite {suite}: settings.{method} is {value!r}: expected a table [settings.{method}]")
     return flat
 
 

@@ -149,6 +149,10 @@ BASE = 'title = "t"\ndataset = "digits"\n'
         (BASE + 'methods = ["nayer"]\nprotocol = "papr"\n', "'paper', 'equal' or 'smoke'"),
         (BASE + 'methods = ["nayer"]\nseeds = "2-0"\n', "did you mean 0-2"),
         (BASE + "methods = [", "suite mine"),
+        (BASE + 'methods = ["nayer"]\npairs = []\n', "suite mine: pairs: "),
+        (BASE + 'methods = ["nayer"]\nseeds = true\n', "suite mine: seeds: expected a number, or text such as"),
+        (BASE + 'methods = ["nayer"]\nseeds = [0, 1]\n', "suite mine: seeds: expected a number, or text such as"),
+        (BASE + 'methods = ["nayer"]\n[settings]\nteacher = 5\n', "expected a table [settings.teacher]"),
     ],
 )
 def test_a_wrong_suite_file_is_one_line(text: str, words: str, tmp_path: Path) -> None:
@@ -156,6 +160,17 @@ def test_a_wrong_suite_file_is_one_line(text: str, words: str, tmp_path: Path) -
         read_suite(toml(tmp_path, text))
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_pair_that_is_named_twice_is_one(tmp_path: Path) -> None:
+    pairs = '["wrn16_1:convnet8", "wrn16_1:convnet8"]'
+    file = toml(tmp_path, BASE + f'methods = ["nayer"]\npairs = {pairs}\n')
+    assert read_suite(file).pairs == ("wrn16_1:convnet8",)
+
+
+def test_a_suite_files_settings_may_be_one_key(tmp_path: Path) -> None:
+    file = toml(tmp_path, BASE + 'methods = ["nayer"]\n[settings]\n"nayer.generator_steps" = 3\n')
+    assert read_suite(file).settings == {"nayer.generator_steps": 3}
 
 
 def test_a_suite_file_that_is_no_text(tmp_path: Path) -> None:
