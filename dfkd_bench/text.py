@@ -5,7 +5,7 @@ An encoder is named by a string (``encoders/`` has a file for each):
 ====================  ==================================================================================================
 ``onehot[:WIDTH]``    the identity, [K, K]; wider: with zeros behind it
 ``random[:WIDTH]``    N(0, 1) of a fixed seed, [K, 512] unless a width is given: the same for every run
-``sbert[:MODEL]``     sentence-transformers; a model's name or a folder (default all-MiniLM-L6-v2, d = 384)
+``sbert[:MODEL]``     sentence-transformers; a model's name or ./FOLDER (default all-MiniLM-L6-v2, d = 384)
 ``clip[:ARCH/W]``     open_clip's text features, not normalised as in NAYER; W is a tag or a checkpoint
                       (default ViT-B-32/openai, d = 512)
 ``doc2vec[:MODEL]``   gensim; a saved model, or ``corpus=FILE`` to be trained on (default: WordNet's glosses, d = 100)

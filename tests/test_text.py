@@ -17,6 +17,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from dfkd_bench import data, text
+from dfkd_bench.encoders import TextEncoder, build_encoder
 from dfkd_bench.errors import UserError
 
 CIFAR10 = data.dataset("cifar10").class_names
@@ -142,6 +143,10 @@ def test_random_embeddings_have_the_width_asked_for() -> None:
         ("onehot:no", "text encoder 'onehot:no': expected a width"),
         ("sbert:", "text encoder 'sbert:' has nothing after the colon"),
         ("sbert:/no/folder", "text encoder 'sbert:/no/folder': there is no folder /no/folder"),
+        (
+            "sbert:no/such/folder",
+            "text encoder 'sbert:no/such/folder' names no model, and folders begin with ./: './no/",
+        ),
         ("clip:ViT-B-32", "text encoder 'clip:ViT-B-32': expected 'clip:ARCH/TAG'"),
         ("clip:ViT-B-32//no/file.pt", "text encoder 'clip:ViT-B-32//no/file.pt': there is no file /no/file.pt"),
         ("file", "text encoder 'file' names no file"),
@@ -390,6 +395,27 @@ def test_other_weights_in_a_folder_are_encoded_anew(letters: type[Letters], tmp_
     assert second.revision == f"sha256:{hashlib.sha256(b'two').hexdigest()}"
 
 
+@pytest.mark.parametrize(("encoder", "stranger"), [("sbert", "all-MiniLM-L6-v2/model.safetensors"), ("clip", "openai")])
+def test_what_lies_in_the_working_directory_replaces_no_model(
+    encoder: str, stranger: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / stranger).parent.mkdir(exist_ok=True)
+    (tmp_path / stranger).write_bytes(b"other weights")
+    monkeypatch.chdir(tmp_path)
+    source = build_encoder(encoder)
+    assert isinstance(source, TextEncoder)
+    assert source.weights() is None
+
+
+def test_a_name_that_is_a_folder_too_is_not_guessed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "all-MiniLM-L6-v2").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        UserError, match=r"a model's name and a folder here: write sbert:\./all-MiniLM-L6-v2, or rename"
+    ):
+        text.ensure("own", OWN, "sbert", "P1")
+
+
 def test_a_folder_without_a_model_is_refused(letters: type[Letters], tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"holds no text model: expected one of model.safetensors"):
         text.ensure("own", OWN, f"sbert:{tmp_path}", "P1")
@@ -408,7 +434,7 @@ def test_without_the_model_one_line_says_what_to_do(monkeypatch: pytest.MonkeyPa
         text.ensure("own", OWN, "sbert", "P1")
     message = str(raised.value)
     assert message.startswith("can't have the sentence-transformers model 'all-MiniLM-L6-v2' (We couldn't connect)")
-    ways = ("sbert:FOLDER", "file:PATH", "-s nayer.encoder=sbert", "doc2vec", "onehot", "random")
+    ways = ("sbert:./FOLDER", "file:PATH", "-s nayer.encoder=sbert", "doc2vec", "onehot", "random")
     assert all(way in message for way in ways)
     assert "\n" not in message
 

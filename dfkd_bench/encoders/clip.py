@@ -33,9 +33,9 @@ class Clip(TextEncoder):
         if not self.architecture or not self.source:
             raise UserError(f"text encoder '{self.spec}': expected {self.expected}")
         checkpoint = Path(self.source).expanduser()
-        self.checkpoint = checkpoint if checkpoint.is_file() else None
         means_file = "/" in self.source or self.source.startswith("~") or checkpoint.suffix in _CHECKPOINTS
-        if means_file and self.checkpoint is None:
+        self.checkpoint = checkpoint if means_file else None  # a tag means the same in every working directory
+        if means_file and not checkpoint.is_file():
             raise UserError(f"text encoder '{self.spec}': there is no file {checkpoint}; expected {self.expected}")
 
     @property

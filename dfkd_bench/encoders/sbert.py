@@ -1,4 +1,7 @@
-"""``sbert[:MODEL]``: sentence-transformers; a model's name or a folder (default all-MiniLM-L6-v2, d = 384)."""
+"""``sbert[:MODEL]``: sentence-transformers; a model's name or a folder (default all-MiniLM-L6-v2, d = 384).
+
+A folder begins with a path's sign, as in ``sbert:./FOLDER``: a name means the same model in every working directory.
+"""
 
 from __future__ import annotations
 
@@ -22,16 +25,17 @@ _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 class Sbert(TextEncoder):
     """The default model's embeddings of the built-in data sets are shipped."""
 
-    expected: ClassVar[str] = f"'sbert:FOLDER' or a model's name, as in 'sbert:{DEFAULT_MODEL}'"
+    expected: ClassVar[str] = f"'sbert:./FOLDER' or a model's name, as in 'sbert:{DEFAULT_MODEL}'"
     libraries: ClassVar[tuple[str, ...]] = ("sentence-transformers", "transformers", "torch")
 
     def __init__(self, name: str, argument: str = "") -> None:
         super().__init__(name, argument)
         self.source = (argument or DEFAULT_MODEL).removeprefix("sentence-transformers/")
         folder = Path(self.source).expanduser()
-        self.folder = folder if folder.is_dir() else None
-        means_folder = self.source.startswith((".", "/", "~")) or self.source.count("/") > 1
-        if means_folder and self.folder is None:
+        self.folder = folder if self.source.startswith((".", "~")) or folder.is_absolute() else None
+        if self.folder is None and self.source.count("/") > 1:
+            raise UserError(f"text encoder '{self.spec}' names no model, and folders begin with ./: './{self.source}'")
+        if self.folder is not None and not folder.is_dir():
             raise UserError(f"text encoder '{self.spec}': there is no folder {folder}; expected {self.expected}")
 
     @property
@@ -45,7 +49,7 @@ class Sbert(TextEncoder):
     @property
     def ways_out(self) -> str:
         return (
-            "A folder that holds it is given by `-s nayer.encoder=sbert:FOLDER`, a matrix [K, d] by "
+            "A folder that holds it is given by `-s nayer.encoder=sbert:./FOLDER`, a matrix [K, d] by "
             f"`-s nayer.encoder=file:PATH`. {NO_MODEL_NEEDED}"
         )
 
@@ -53,6 +57,10 @@ class Sbert(TextEncoder):
         return None if self.folder is None else f"sha256:{_weights_sha256(self.folder)}"
 
     def encode(self, texts: Sequence[str]) -> tuple[Rows, str]:
+        if self.folder is None and Path(self.source).exists():  # the library would take it for the model
+            raise UserError(
+                f"'{self.source}' is a model's name and a folder here: write sbert:./{self.source}, or rename it"
+            )
         revision = self.weights()
         with short_wait(online=self.folder is None):
             rows = self._loaded.encode(list(texts), show_progress_bar=False, convert_to_numpy=True)
