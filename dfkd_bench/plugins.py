@@ -64,7 +64,10 @@ class Source:
         except (OSError, SyntaxError, UnicodeDecodeError):
             return {}
         for node in tree.body:
-            if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id == "CARD":
+            if not isinstance(node, ast.Assign | ast.AnnAssign) or node.value is None:
+                continue
+            target = node.targets[0] if isinstance(node, ast.Assign) else node.target
+            if isinstance(target, ast.Name) and target.id == "CARD":
                 try:
                     card = ast.literal_eval(node.value)
                 except ValueError:
@@ -105,8 +108,16 @@ def _parts(tree: ast.Module) -> list[ast.Module]:
 
 
 def _own_imports(tree: ast.Module) -> set[str]:
-    """Names of the modules of this package that ``tree`` imports: ``from dfkd_bench.losses import ...``."""
-    names = [node.module or "" for node in tree.body if isinstance(node, ast.ImportFrom) and not node.level]
+    """Names of the modules of this package that ``tree`` imports at its top level, in any of the three ways."""
+    names: list[str] = []
+    for node in tree.body:
+        if isinstance(node, ast.Import):  # import dfkd_bench.losses
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            if node.module == "dfkd_bench":  # from dfkd_bench import losses
+                names += [f"dfkd_bench.{alias.name}" for alias in node.names]
+            else:  # from dfkd_bench.losses import ...
+                names.append(node.module or "")
     return {name.removeprefix("dfkd_bench.") for name in names if name.startswith("dfkd_bench.")}
 
 

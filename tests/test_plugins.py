@@ -292,6 +292,10 @@ def test_a_card_that_is_no_literal_dictionary_is_empty(text: str, write: Callabl
     assert source_of(write("a", text)).card() == {}
 
 
+def test_a_card_may_have_a_type(write: Callable[[str, str], Path]) -> None:
+    assert source_of(write("a", "CARD: dict[str, str]\nCARD: dict[str, str] = {'title': 'x'}")).card() == {"title": "x"}
+
+
 def test_a_card_is_read_without_running_the_file(write: Callable[[str, str], Path]) -> None:
     path = write("a", "raise SystemExit\nCARD = {'title': 'x', 'year': 2024}")
     assert source_of(path).card() == {"title": "x", "year": 2024}
@@ -302,15 +306,23 @@ def test_an_unknown_method_gets_the_nearest_name() -> None:
         plugins.discover().source("nayr")
 
 
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "from dfkd_bench.part import STEPS\nfrom dfkd_bench.tool import STEPS\n",
+        "from dfkd_bench import part, tool\n",
+        "import dfkd_bench.part as part\nimport dfkd_bench.tool\n",
+    ],
+)
 def test_shared_parts_of_methods_count_with_the_file_that_imports_them(
-    write: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    imports: str, write: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     package = tmp_path / "package"
     package.mkdir()
     (package / "part.py").write_text("from dfkd_bench.method import Method\nSTEPS = 1\n")
     (package / "tool.py").write_text("from dfkd_bench.errors import UserError\nSTEPS = 1\n")
     monkeypatch.setattr(plugins, "__file__", str(package / "plugins.py"))
-    user = write("a", "from dfkd_bench.part import STEPS\nfrom dfkd_bench.tool import STEPS\n" + METHOD)
+    user = write("a", imports + METHOD)
     before = source_of(user).source_sha256()
     (package / "tool.py").write_text("from dfkd_bench.errors import UserError\nSTEPS = 2\n")
     assert source_of(user).source_sha256() == before
