@@ -121,7 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder the files are written to")
-    parser.add_argument("--sbert", metavar="MODEL", help="folder or name of all-MiniLM-L6-v2")
+    parser.add_argument("--sbert", metavar="MODEL", help="./FOLDER or name of all-MiniLM-L6-v2")
     parser.add_argument("--wordnet", metavar="DICT", type=Path, help="folder with data.noun, data.verb, ...")
     parser.add_argument("--corpus", metavar="FOLDER", type=Path, help="keep WordNet's corpus in this folder")
     parser.add_argument("datasets", nargs="*", default=data.dataset_names(), help="default: all built-in ones")
