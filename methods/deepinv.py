@@ -198,7 +198,7 @@ DeepInversion.smoke = {
             "variation": 0.001,
         },
         origin="ours",
-        source="results/trials/glyphs16.json: the settings of digits with 2,000 student steps",
+        source="results/trials/glyphs16.json: digits' settings at 2,000 student steps, and three more trials",
     ),
     "fashion_mnist": Published(
         schedule=Schedule(epochs=20, student_steps=30, batch_size=128, lr=0.2, lr_min=2e-4),

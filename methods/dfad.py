@@ -166,7 +166,7 @@ Dfad.smoke = {
             "sample_bn": "train",
         },
         origin="ours",
-        source="results/trials/glyphs16.json: the settings of digits with 2,000 student steps",
+        source="results/trials/glyphs16.json: digits' settings at 2,000 student steps, and three more trials",
     ),
     "fashion_mnist": Published(
         schedule=Schedule(epochs=20, rounds_per_epoch=6, student_steps=5, batch_size=128, lr=0.2, lr_min=2e-4),
