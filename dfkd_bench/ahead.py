@@ -71,11 +71,12 @@ class _Lane:
         self._turn = 1 - self._turn
         event, buffer = self._copied[self._turn], self._buffers[self._turn]
         event.synchronize()  # the copy before the last one has left the buffer
-        if buffer is None or buffer.shape[0] < rows.shape[0] or buffer.shape[1:] != images.shape[1:]:
-            buffer = torch.empty((rows.shape[0], *images.shape[1:]), dtype=images.dtype, pin_memory=True)
-            self._buffers[self._turn] = buffer
-        staged = torch.index_select(images, 0, rows, out=buffer[: rows.shape[0]])
+        # Whatever the main thread has set, a new thread's device is GPU 0; memory is pinned for the current device.
         with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
+            if buffer is None or buffer.shape[0] < rows.shape[0] or buffer.shape[1:] != images.shape[1:]:
+                buffer = torch.empty((rows.shape[0], *images.shape[1:]), dtype=images.dtype, pin_memory=True)
+                self._buffers[self._turn] = buffer
+            staged = torch.index_select(images, 0, rows, out=buffer[: rows.shape[0]])
             batch = staged.to(self._device, non_blocking=True)
             event.record()
         return batch

@@ -28,11 +28,11 @@ class Clock:
         """Count what happens inside towards ``name``. Phases must not be nested."""
         if self._device.type == "cuda":
             begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            begin.record()
+            begin.record(torch.cuda.current_stream(self._device))
             try:
                 yield
             finally:
-                end.record()
+                end.record(torch.cuda.current_stream(self._device))
                 self._events.append((name, begin, end))
             return
         start = time.perf_counter()

@@ -133,10 +133,10 @@ class Pool:
 
     def _fits(self, wanted: int) -> bool:
         """Whether the device can hold ``wanted`` images: the grown tensor takes at most half of what is free now."""
-        spare = self._spare(self._device)
-        if spare is None or self._images.shape[0] >= wanted:
+        if self._images.shape[0] >= wanted:  # asked first: the driver takes its time to answer
             return True
-        return 2 * _capacity(self._images, wanted) * math.prod(self._images.shape[1:]) <= spare
+        spare = self._spare(self._device)
+        return spare is None or 2 * _capacity(self._images, wanted) * math.prod(self._images.shape[1:]) <= spare
 
 
 def _capacity(rows: Tensor, wanted: int) -> int:

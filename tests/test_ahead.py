@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from dfkd_bench.ahead import Ahead, spare_memory
+from dfkd_bench.ahead import Ahead, _Lane, spare_memory
 from dfkd_bench.pool import Pool
 from dfkd_bench.shuffle import Shuffle
 
@@ -17,7 +20,10 @@ DEVICES = [
     CPU,
     pytest.param(
         torch.device("cuda", 0),
-        marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+        marks=[
+            pytest.mark.gpu,
+            pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+        ],
     ),
 ]
 IMAGE = (1, 2, 2)
@@ -66,6 +72,14 @@ def test_a_pool_stays_on_the_device_while_there_is_room() -> None:
     pool.add(images(11, 12))  # its tensor would double to 22
     assert pool._host is not None
     assert torch.equal(pool.images[:, 0, 0, 0], torch.arange(12, dtype=torch.uint8))
+
+
+def test_the_device_is_asked_for_room_when_the_pool_must_grow() -> None:
+    asked: list[torch.device] = []
+    pool = Pool(IMAGE, CPU, stream(CPU), spare=asked.append)
+    for start in range(0, 12, 3):  # room for 3, 6 and 12 images
+        pool.add(images(start, start + 3))
+    assert len(asked) == 3
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -132,3 +146,35 @@ def test_rows_of_another_pass_are_not_known_ahead(rows: int, size: int) -> None:
     shuffle = Shuffle(stream(CPU), CPU)
     shuffle.next(10, 4)
     assert shuffle.ahead(rows, size) is None
+
+
+def test_memory_is_pinned_for_the_gpu_that_it_is_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The thread that fetches has GPU 0 as its device, which another process may use."""
+    current: list[torch.device | None] = [None]
+    pinned_for: list[torch.device | None] = []
+    empty = torch.empty
+
+    @contextlib.contextmanager
+    def on(device: torch.device) -> Iterator[None]:
+        current.append(device)
+        yield
+        current.pop()
+
+    def noted(shape: Any, dtype: torch.dtype, pin_memory: bool) -> Tensor:
+        pinned_for.append(current[-1])
+        return empty(shape, dtype=dtype)
+
+    for name in ("Stream", "Event", "stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: _Nothing())
+    monkeypatch.setattr(torch.cuda, "device", on)
+    monkeypatch.setattr(torch, "empty", noted)
+    _Lane(CPU).copy(images(0, 20), torch.tensor([3, 1]))
+    assert pinned_for == [CPU]
+
+
+class _Nothing(contextlib.nullcontext[None]):
+    """A stream or an event of a device that isn't there."""
+
+    def synchronize(self) -> None: ...
+
+    def record(self) -> None: ...

@@ -79,11 +79,24 @@ def test_peak_memory_of_the_cpu_is_in_bytes() -> None:
     assert 50e6 < peak_memory(CPU) < 1e12  # torch alone takes more than 50 MB
 
 
+def test_events_are_recorded_where_the_clocks_device_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not on the current device, whose stream may have nothing to do."""
+    recorded: list[object] = []
+    event = types.SimpleNamespace(record=lambda stream=None: recorded.append(stream))
+    monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
+    with Clock(torch.device("cuda", 1)).phase("synthesis"):
+        pass
+    assert recorded == ["stream of cuda:1"] * 2
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_seconds_on_a_gpu_are_those_of_the_work() -> None:
     device = torch.device("cuda", 0)
     clock, x = Clock(device), torch.randn(4096, 4096, device=device)
+    x @ x  # the library of matrix products starts
+    torch.cuda.synchronize(device)
     for name, products in (("synthesis", 20), ("distillation", 200)):
         with clock.phase(name):
             for _ in range(products):
