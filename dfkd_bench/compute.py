@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import os
 import platform
+import warnings
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cache
@@ -77,6 +78,27 @@ def has_bf16(device: torch.device) -> bool:
 def cores_at_hand() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def prepare(device: torch.device, deterministic: bool = False) -> None:
+    """Make ``device`` the one of this process, before its first work there. A CPU needs nothing.
+
+    Otherwise streams, events and pinned memory that name no device are those of GPU 0. What is computed in fp32 is
+    computed in fp32: by default cuDNN rounds the operands of convolutions to TF32, with 10 bits for 23. With
+    ``deterministic``, kernels whose sums have no fixed order are left aside where there are others.
+    """
+    if device.type != "cuda":
+        return
+    torch.cuda.set_device(device)
+    with warnings.catch_warnings():  # torch 2.9 and 2.10 advise a newer switch; with it, reading this one is an error
+        warnings.simplefilter("ignore")
+        torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cuda.matmul.allow_tf32 = False
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read with the first matrix product
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # a search for mistakes, in each torch.empty
+        torch.backends.cudnn.benchmark = False
 
 
 def set_threads(count: int) -> None:

@@ -18,7 +18,7 @@ from dfkd_bench import data, diversity, lend, plugins, record, teachers, text
 from dfkd_bench.augment import Normalize, random_crop_flip, to_unit
 from dfkd_bench.checkpoint import random_state, restore_random_state, seed_everything
 from dfkd_bench.clock import Clock, peak_memory, total
-from dfkd_bench.compute import Compute, hardware, resolve_device, set_threads
+from dfkd_bench.compute import Compute, hardware, prepare, resolve_device, set_threads
 from dfkd_bench.errors import UserError, disk_error
 from dfkd_bench.evaluate import evaluate, logits_of
 from dfkd_bench.job import Job
@@ -149,11 +149,9 @@ class _Run:
     def __init__(self, job: Job, place: Place, found: plugins.Plugins, folder: RunFolder) -> None:
         self.job, self.place, self.found, self.folder = job, place, found, folder
         self.device = resolve_device(place.device)
+        prepare(self.device, place.deterministic)
         self.compute = Compute(self.device, job.precision)
         self.clock = Clock(self.device)
-        if place.deterministic and self.device.type == "cuda":
-            torch.use_deterministic_algorithms(True, warn_only=True)
-            torch.backends.cudnn.benchmark = False
         self.facts = _method_facts(found.source(job.method))  # of the code that runs, whatever is edited meanwhile
         self.dataset = data.dataset(job.dataset, place.data_root, found.datasets)
         self.normalize = Normalize(self.dataset.mean, self.dataset.std, self.device)

@@ -10,7 +10,7 @@ from typing import Literal
 from rich.table import Table
 
 from dfkd_bench import data, suite, teachers
-from dfkd_bench.compute import Compute, cores_at_hand, resolve_device, resolve_precision, set_threads
+from dfkd_bench.compute import Compute, cores_at_hand, prepare, resolve_device, resolve_precision, set_threads
 from dfkd_bench.errors import UserError
 from dfkd_bench.models import model_names
 from dfkd_bench.plugins import Plugins
@@ -41,6 +41,7 @@ def train(
     if teachers.is_at_hand(dataset, spec):
         return _line(teachers.folder(dataset, spec), teachers.read_card(teachers.folder(dataset, spec))) + " (at hand)"
     resolved = resolve_device(device)
+    prepare(resolved)
     # As in `run`: with one thread the weights of a `smoke` teacher do not depend on the machine's core count.
     set_threads(1 if suite.settings_table(known.protocol, dataset.name) == "smoke" else cores_at_hand())
     compute = Compute(resolved, resolve_precision(precision, resolved, dataset.image_shape[1]))

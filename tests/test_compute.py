@@ -1,14 +1,16 @@
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from dfkd_bench.compute import Compute
+from dfkd_bench.compute import Compute, prepare
 
 FAULTS = """
 import resource, sys, torch
@@ -43,3 +45,43 @@ def test_a_step_within_bf16_sees_the_weights_of_the_step_before() -> None:
         with torch.no_grad():
             layer.weight.add_(1)
         assert not torch.equal(layer(images), before)
+
+
+@pytest.fixture
+def second_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
+    """A device that needs not be there: torch's switches are real, and put back afterwards."""
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = cudnn.allow_tf32, matmul.allow_tf32, cudnn.benchmark
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    yield torch.device("cuda", 1)
+    cudnn.allow_tf32, matmul.allow_tf32, cudnn.benchmark = before
+    torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+
+
+def test_a_process_computes_on_its_own_gpu(second_gpu: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    prepare(second_gpu)
+    assert chosen == [second_gpu]
+
+
+def test_fp32_is_not_tf32_on_a_gpu(second_gpu: torch.device) -> None:
+    torch.backends.cudnn.allow_tf32 = True
+    prepare(second_gpu)
+    assert not torch.backends.cudnn.allow_tf32
+    assert not torch.backends.cuda.matmul.allow_tf32
+
+
+def test_deterministic_kernels_have_what_they_need(second_gpu: torch.device) -> None:
+    prepare(second_gpu, deterministic=True)
+    assert torch.are_deterministic_algorithms_enabled()
+    assert torch.is_deterministic_algorithms_warn_only_enabled()
+    assert os.environ.pop("CUBLAS_WORKSPACE_CONFIG") == ":4096:8"
+    assert not torch.utils.deterministic.fill_uninitialized_memory
+
+
+def test_a_cpu_keeps_torchs_switches() -> None:
+    prepare(torch.device("cpu"), deterministic=True)
+    assert not torch.are_deterministic_algorithms_enabled()

@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,15 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from dfkd_bench import plugins, teacher_commands, teachers
+from dfkd_bench import compute, plugins, teacher_commands, teachers
 from dfkd_bench.compute import Compute
 from dfkd_bench.data import DataSet, Part, RawData, dataset
+from dfkd_bench.engines.local import TeacherTask, _teacher_child
 from dfkd_bench.errors import UserError
 from dfkd_bench.job import Recipe, TeacherSpec
 from dfkd_bench.models import build_model
 from dfkd_bench.paths import HOME_VARIABLE
+from dfkd_bench.run import Place
 from dfkd_bench.teachers import TeacherCard, TrainingProgress, import_checkpoint
 
 CPU = torch.device("cpu")
@@ -99,6 +102,18 @@ def test_a_few_epochs_teach_digits(at_hand: Path) -> None:
     assert card.accuracy["test"] > 60
     assert set(card.accuracy) == {"test", "validation"}  # its recipe leaves the validation part out
     assert (card.origin, card.classes, card.channels) == ("trained here", 10, 1)
+
+
+def test_teachers_are_trained_with_the_kernels_that_their_runs_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[bool] = []
+    monkeypatch.setattr(compute, "prepare", lambda device, deterministic: asked.append(deterministic))
+    monkeypatch.setattr(compute, "set_threads", lambda count: None)
+    monkeypatch.setattr(teachers, "train", lambda *_: None)
+    task, place = TeacherTask("digits", SPEC, "fp32"), Place(tmp_path, device="cpu", deterministic=True)
+    _teacher_child(task, place, Pipe()[1])
+    assert asked == [True]
 
 
 def test_a_loaded_teacher_is_frozen_and_in_eval_mode(at_hand: Path) -> None:

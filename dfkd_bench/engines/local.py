@@ -260,13 +260,14 @@ def _run_child(job: Job, place: Place, connection: Connection) -> None:
 
 def _teacher_child(task: TeacherTask, place: Place, connection: Connection) -> None:
     from dfkd_bench import data, teachers
-    from dfkd_bench.compute import Compute, resolve_device, set_threads
+    from dfkd_bench.compute import Compute, prepare, resolve_device, set_threads
 
     def work() -> None:
         set_threads(place.threads)
         found = plugins.discover(place.plugin_files)
         dataset = data.dataset(task.dataset, place.data_root, found.datasets)
         compute = Compute(resolve_device(place.device), task.precision)
+        prepare(compute.device, place.deterministic)
         teachers.train(
             dataset,
             task.spec,

@@ -12,7 +12,7 @@ import torch
 from dfkd_bench import record
 from dfkd_bench.checkpoint import seed_everything
 from dfkd_bench.clock import peak_memory
-from dfkd_bench.compute import hardware, resolve_device, resolve_precision, set_threads
+from dfkd_bench.compute import hardware, prepare, resolve_device, resolve_precision, set_threads
 from dfkd_bench.errors import UserError
 from dfkd_bench.plugins import Plugins
 from dfkd_bench.speed import peak, profiling
@@ -47,6 +47,7 @@ def measure(
     """
     _check(asked)
     where = resolve_device(device)
+    prepare(where)
     torch.set_num_threads(threads)
     chosen = resolve_precision(precision, where, asked.side)
     seed_everything(0)

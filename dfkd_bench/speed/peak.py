@@ -41,7 +41,7 @@ def best_of(one: Machine, other: Machine) -> Machine:
 
 
 def peak(device: torch.device, precision: Precision, repeat: int = 5) -> Peak:
-    """The peak of ``device`` at ``precision`` [FLOP/s]; torch's switches (TF32) stay as the run has them."""
+    """The peak of ``device`` at ``precision`` [FLOP/s]; fp32 is without TF32, as in a run."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     side = SIDES[device.type]
     left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
