@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
 import json
 import math
+import types
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -135,6 +138,32 @@ def test_crops_and_flips_are_of_the_padded_image() -> None:
     assert seen == possible
 
 
+def one_by_one(images: Tensor, padding: int, flip: bool) -> Tensor:
+    """What ``crop_flip`` does, in words: the same draws, one image after the other."""
+    height, width = images.shape[2:]
+    places = torch.randint(0, 2 * padding + 1, (2, images.shape[0])).tolist()
+    flips = (torch.rand(images.shape[0]) < 0.5).tolist()
+    cut = []
+    for image, top, left, mirror in zip(
+        torch.nn.functional.pad(images, [padding] * 4).unbind(), *places, flips, strict=True
+    ):
+        part = image[:, top : top + height, left : left + width]
+        cut.append(part.flip(2) if flip and mirror else part)
+    return torch.stack(cut)
+
+
+@pytest.mark.parametrize(("padding", "flip"), [(2, True), (2, False), (0, True)])
+def test_a_batch_is_cropped_at_once_as_image_by_image(padding: int, flip: bool) -> None:
+    weights, made = torch.rand(9, 3, 6, 5), []
+    for crop in (one_by_one, plain.crop_flip):
+        images = torch.rand(9, 3, 6, 5, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        torch.manual_seed(1)
+        cut = crop(images, padding, flip)
+        (gradient,) = torch.autograd.grad((cut * weights).sum(), images)
+        made.append((cut, gradient, torch.get_rng_state()))
+    assert all(torch.equal(first, second) for first, second in zip(*made, strict=True))
+
+
 # --- The released manner ----------------------------------------------------------------------------------------------
 
 
@@ -235,6 +264,19 @@ def test_profile_is_of_one_step_and_its_shares_add_up(capfd: pytest.CaptureFixtu
     assert capfd.readouterr().err == ""
 
 
+def test_a_range_on_a_gpu_is_not_counted_beside_its_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    def event(key: str, microseconds: float, annotation: bool = False) -> Any:
+        facts = {"device_type": torch.autograd.DeviceType.CUDA, "count": 2, "is_user_annotation": annotation}
+        return types.SimpleNamespace(key=key, self_device_time_total=microseconds, **facts)
+
+    events = [event("conv", 30.0), event("Optimizer.step#SGD.step", 10.0, True), event("multi_tensor_apply", 10.0)]
+    profiled = types.SimpleNamespace(key_averages=lambda: events)
+    monkeypatch.setattr(profiling, "profile", lambda activities: contextlib.nullcontext(profiled))
+    monkeypatch.setattr(profiling, "synchronize", lambda device: None)
+    found = profiling.operators(lambda: None, torch.device("cuda", 0), 2)
+    assert [(one.name, one.share) for one in found] == [("conv", 0.75), ("multi_tensor_apply", 0.25)]
+
+
 # --- Whole measurements -----------------------------------------------------------------------------------------------
 
 TINY = {"pair": "convnet8:convnet8", "batch": 4, "synthesis_batch": 4, "side": 8, "classes": 4, "channels": 1}
@@ -321,6 +363,27 @@ def test_phases_of_an_epoch(measured: values.Speed) -> None:
 def test_peak_memory_is_of_each_form(measured: values.Speed) -> None:
     assert list(measured.peak_memory) == ["plain", "released", "ours"]
     assert all(size > 2**24 for size in measured.peak_memory.values())
+
+
+def test_the_plain_forms_weights_are_gone_before_ours_is_measured(
+    small_machine: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[weakref.ref[nn.Module]] = []
+
+    def noted(*parts: Any) -> plain.Plain:
+        form = plain.Plain(*parts)
+        made.append(weakref.ref(form.student))
+        return form
+
+    def ours(_bench: bench.Bench) -> None:
+        raise InterruptedError("gone" if made[0]() is None else "there")
+
+    monkeypatch.setattr(measure, "Plain", noted)
+    monkeypatch.setattr(measure, "_plain", lambda bench, form: {})
+    monkeypatch.setattr(measure, "_released", lambda bench, form: ({}, 0.0))
+    monkeypatch.setattr(measure, "_ours", ours)
+    with pytest.raises(InterruptedError, match="gone"):
+        measure.measure(measure.Question(plain.METHOD, **TINY), FOUND, "cpu", "fp32")  # type: ignore[arg-type]
 
 
 def test_json_comes_back_as_it_was(measured: values.Speed, tmp_path: Path) -> None:

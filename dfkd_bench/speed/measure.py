@@ -56,11 +56,9 @@ def measure(
         before = peak.measure(where, chosen)
         memory: dict[str, int] = {}
         others: dict[str, Seconds] = {"plain": {}, "released": {}}
-        plain, png = None, None
+        works, png = None, None
         if asked.method == METHOD:
-            plain = form = Plain(bench.config, bench.schedule, bench.task, *bench.fresh_models())
-            others["plain"] = _in_form("plain", memory, where, lambda: _plain(bench, form))
-            others["released"], png = _in_form("released", memory, where, lambda: _released(bench, form))
+            others, png, works = _other_forms(bench, memory)
         set_threads(threads)  # what a run sets for its whole process begins here, after the other forms
         ours = _in_form("ours", memory, where, lambda: _ours(bench))
         machine = peak.best_of(before, peak.measure(where, chosen))
@@ -75,7 +73,7 @@ def measure(
             precision=chosen,
             steps=asked.steps,
             repeat=asked.repeat,
-            rows=_rows(bench, ours, others, _work(bench, plain), machine),
+            rows=_rows(bench, ours, others, works or _work(bench, None), machine),
             png_seconds=png,
             machine=machine,
             epoch=_epoch(bench),
@@ -96,6 +94,17 @@ def _check(asked: Question) -> None:
             raise UserError(f"--{name.replace('_', '-')} {value}: expected at least {limit}")
     if asked.channels not in (1, 3):
         raise UserError(f"--channels {asked.channels}: expected 1 or 3, as in image files")
+
+
+def _other_forms(bench: Bench, memory: dict[str, int]) -> tuple[dict[str, Seconds], float, dict[str, Work]]:
+    """Both other forms, the seconds of writing a batch, and the work in the steps.
+
+    Their weights are gone when this returns: what they take must not count in the peak of our own form.
+    """
+    plain = Plain(bench.config, bench.schedule, bench.task, *bench.fresh_models())
+    seconds = {"plain": _in_form("plain", memory, bench.device, lambda: _plain(bench, plain))}
+    seconds["released"], png = _in_form("released", memory, bench.device, lambda: _released(bench, plain))
+    return seconds, png, _work(bench, plain)
 
 
 def _ours(bench: Bench) -> Seconds:

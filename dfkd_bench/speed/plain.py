@@ -1,10 +1,9 @@
 """NAYER's generator step and student step in plain PyTorch: eager, fp32, NCHW, one layer after the other.
 
 The yardstick for the project's fast paths, written from the method's description, so that none of them is in it: hooks
-that ask torch for mean and variance, a loop over the noisy layers, images cropped one by one, torch's default
-optimisers. It computes the same numbers as the method with its default settings (a test compares them). Teacher and
-student are the project's own networks in another layout: what is fast in their files is so here, too, so that ratios
-are rather too small.
+that ask torch for mean and variance, a loop over the noisy layers, torch's default optimisers. It computes the same
+numbers as the method with its default settings (a test compares them). Teacher and student are the project's own
+networks in another layout: what is fast in their files is so here, too, so that ratios are rather too small.
 Source: NAYER (CVPR 2024), section 3; the facts of the code from tmtuan1307/NAYER, datafree/synthesis/nayer.py and
 datafree/hooks.py.
 """
@@ -207,14 +206,17 @@ def keep_on_device(images: Tensor, loss: Tensor, best: Best | None) -> Best:
 
 
 def crop_flip(images: Tensor, padding: int, flip: bool) -> Tensor:
-    """Random crop after zero padding and random flip, one image after the other; [n, C, H, W] -> the same."""
+    """Random crop after zero padding and random flip, each on its own, in one gather; [n, C, H, W] -> the same."""
     if padding == 0 and not flip:
         return images
-    height, width = images.shape[2:]
-    places = torch.randint(0, 2 * padding + 1, (2, images.shape[0])).tolist()
-    flips = (torch.rand(images.shape[0]) < 0.5).tolist()
-    cut = []
-    for image, top, left, mirror in zip(F.pad(images, [padding] * 4).unbind(), *places, flips, strict=True):
-        part = image[:, top : top + height, left : left + width]
-        cut.append(part.flip(2) if flip and mirror else part)
-    return torch.stack(cut)
+    n, channels, height, width = images.shape
+    device = images.device
+    top, left = torch.randint(0, 2 * padding + 1, (2, n, 1), device=device).unbind()
+    flips = torch.rand(n, 1, device=device) < 0.5
+    rows = top + torch.arange(height, device=device)  # [n, H]
+    columns = torch.arange(width, device=device)
+    columns = left + (torch.where(flips, columns.flip(0), columns) if flip else columns)  # [n, W]
+    padded = F.pad(images, [padding] * 4)
+    source = rows.unsqueeze(2) * padded.shape[3] + columns.unsqueeze(1)  # [n, H, W]
+    picked = padded.flatten(2).gather(2, source.view(n, 1, -1).expand(-1, channels, -1))
+    return picked.view(images.shape)

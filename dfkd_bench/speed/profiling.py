@@ -26,6 +26,8 @@ def operators(call: Callable[[], object], device: torch.device, steps: float, to
         synchronize(device)
     wanted = "CUDA" if on_gpu else "CPU"
     found = [event for event in profiled.key_averages() if event.device_type.name == wanted]
+    if on_gpu:  # ranges such as an optimizer's step come back as events of the device, beside the kernels in them
+        found = [event for event in found if not event.is_user_annotation]
     times = [event.self_device_time_total if on_gpu else event.self_cpu_time_total for event in found]  # microseconds
     total = sum(times) or 1.0
     order = sorted(range(len(found)), key=lambda index: -times[index])[:top]
