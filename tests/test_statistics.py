@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dfkd_bench.statistics import BatchNormMatcher, batch_moments
+from dfkd_bench.statistics import BatchNormMatcher, _CudaMoments, _Moments, batch_moments
 
 # Golden values: float64, computed by the hooks of zju-vipa/Fast-Datafree on these batches.
 COUNT = torch.arange(16, dtype=torch.float64)
@@ -84,6 +84,85 @@ def test_the_gradient_of_bf16_moments_is_the_plain_one_rounded() -> None:
     assert exact.grad is not None
     assert x.grad.dtype == torch.bfloat16
     torch.testing.assert_close(x.grad.double(), exact.grad, rtol=2**-7, atol=1e-6)
+
+
+def line(x: Tensor, slope: Tensor, offset: Tensor, mean: Tensor, invstd: Tensor, _eps: float) -> Tensor:
+    """``torch.batch_norm_elemt``, which is for GPUs alone."""
+    return (x - mean.view(-1, 1, 1)) * invstd.view(-1, 1, 1) * slope.view(-1, 1, 1) + offset.view(-1, 1, 1)
+
+
+def test_the_form_for_gpus_has_the_plain_moments_and_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "batch_norm_elemt", line)
+    x = torch.randn(3, 4, 2, 5, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    weights = torch.tensor([0.3, -1.0, 2.0, 0.1]), torch.tensor([1.0, 0.5, -2.0, 3.0])
+    found = []
+    for mean, variance in (_CudaMoments.apply(x), _Moments.apply(x.permute(0, 2, 3, 1).reshape(-1, 4))):
+        (gradient,) = torch.autograd.grad((mean * weights[0] + variance * weights[1]).sum(), x)
+        found.append((mean, variance, gradient))
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_bf16_moments_on_a_gpu_are_those_of_the_plain_form(memory_format: torch.memory_format) -> None:
+    """Added up in fp32; the gradient rounded once, in the activation's layout."""
+    x = bf16_activation(64, 8, 16, 16).cuda().contiguous(memory_format=memory_format).requires_grad_()
+    exact = x.detach().double().requires_grad_()
+    weights = torch.linspace(-1, 2, 8, device="cuda"), torch.linspace(3, -2, 8, device="cuda")
+    for each in (x, exact):
+        mean, variance = batch_moments(each)
+        (mean * weights[0] + variance * weights[1]).sum().backward()
+    torch.testing.assert_close(batch_moments(x), tuple(m.float() for m in batch_moments(exact)), rtol=2e-5, atol=2e-5)
+    assert x.grad is not None
+    assert exact.grad is not None
+    assert x.grad.dtype == torch.bfloat16
+    assert x.grad.is_contiguous(memory_format=memory_format)
+    torch.testing.assert_close(x.grad.double(), exact.grad, rtol=2**-7, atol=1e-6)
+
+
+def three_layers() -> nn.Sequential:
+    """The second one's running statistics are those of its input X2: its norms are 0."""
+    mean, variance = (each.tolist() for each in batch_moments(X2))
+    layers = [
+        teacher_with(*each)[0] for each in (([0.5, 1.0], [0.2, 0.5]), (mean, variance), ([0.1, -0.2], [1.5, 0.7]))
+    ]
+    return nn.Sequential(*layers)
+
+
+def both_forms(matcher: BatchNormMatcher, x: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Value and gradient, each layer seeing ``x`` itself."""
+    found = []
+    for form in (matcher._layer_by_layer, matcher._at_once):
+        x = x.detach().requires_grad_()
+        with matcher.watching():
+            for layer in matcher.layers:
+                layer(x)
+        value = 3 * form()
+        (gradient,) = torch.autograd.grad(value, x)
+        found.append((value, gradient))
+    return found
+
+
+@pytest.mark.parametrize("remembered", [False, True])
+def test_all_layers_at_once_are_the_layers_one_by_one(remembered: bool) -> None:
+    matcher = BatchNormMatcher(three_layers(), 0.9)
+    if remembered:
+        with matcher.watching():
+            for layer, x in zip(matcher.layers, (X1, X2, X3), strict=True):
+                layer(x)
+        matcher.update()
+    one_by_one, at_once = both_forms(matcher, X2)
+    assert at_once[1].isfinite().all()
+    torch.testing.assert_close(at_once, one_by_one, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_all_layers_at_once_on_a_gpu() -> None:
+    matcher = BatchNormMatcher(three_layers().float().cuda())
+    one_by_one, at_once = both_forms(matcher, X3.float().cuda())
+    torch.testing.assert_close(at_once, one_by_one, rtol=1e-5, atol=1e-6)
 
 
 def test_the_first_update_copies_and_the_second_decays(teacher: nn.Module) -> None:
