@@ -97,7 +97,7 @@ def prepare(device: torch.device, deterministic: bool = False) -> None:
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read with the first matrix product
         torch.use_deterministic_algorithms(True, warn_only=True)
-        # A search for mistakes, in each torch.empty.
+        # Filling what torch.empty returns helps to find mistakes, and costs a pass over each tensor.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         torch.backends.cudnn.benchmark = False
 
