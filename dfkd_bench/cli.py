@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, cast
 
 import typer
+from rich.text import Text
 
 from dfkd_bench import __version__, printing
 from dfkd_bench.errors import UserError, disk_error, unknown
@@ -29,7 +30,7 @@ from dfkd_bench.options import (
     WorkOptions,
     spread,
 )
-from dfkd_bench.printing import err, escaped, out, plain
+from dfkd_bench.printing import err, out, plain
 
 if TYPE_CHECKING:
     from dfkd_bench.ablation import Ablation
@@ -102,7 +103,7 @@ def _wrong_usage(error: Any) -> int:
 
 
 def _complain(line: str) -> int:
-    err.print(f"[bold red]error:[/] {escaped(' '.join(line.split()))}")
+    err.print(Text.assemble(("error:", "bold red"), f" {' '.join(line.split())}"))
     return EXIT_WRONG_INPUT
 
 
@@ -183,11 +184,11 @@ def plot(asked: TableOptions, to: FigureFile = None) -> None:
     found = _plugins(asked.plugin)
     if (ablation := _ablation_if_named(asked, found)) is not None:
         planned = _ablation_plan(asked, ablation, found)
-        out.print(f"figure: {printing.ablation_figure(planned, planned.plan.records(), asked.output, to)}")
+        plain(f"figure: {printing.ablation_figure(planned, planned.plan.records(), asked.output, to)}")
         return
     chosen = _suite(asked, found)
     for path in printing.figures(chosen, _records(asked, chosen, found), asked.output, to):
-        out.print(f"figure: {path}")
+        plain(f"figure: {path}")
 
 
 @app.command()
@@ -206,7 +207,7 @@ def gallery(asked: TableOptions, to: FigureFile = None) -> None:
         path, advice = draw(runs, images, place, chosen.title, printing.order(chosen), asked.data_root)
         for line in advice:
             printing.warn(line, "note")
-        out.print(f"figure: {path}")
+        plain(f"figure: {path}")
 
 
 @app.command()
@@ -251,9 +252,9 @@ def check(
     source = plugins.method_file(Path(method)) if method.endswith(".py") else _plugins(plugin).source(method)
     failed = 0
     for outcome in run_checks(source, plugins.load(source)):
-        mark = "[yellow]quirk[/]" if outcome.declared and outcome.passed else "[green]ok[/]   "
-        mark = mark if outcome.passed else "[bold red]FAIL[/] "
-        out.print(f"{mark}  {outcome.name:<34} {escaped(outcome.detail)}")
+        mark = ("quirk", "yellow") if outcome.declared and outcome.passed else ("ok   ", "green")
+        mark = mark if outcome.passed else ("FAIL ", "bold red")
+        out.print(Text.assemble(mark, f"  {outcome.name:<34} {outcome.detail}"))
         failed += not outcome.passed
     out.print(f"{method}: {'all checks hold' if not failed else f'{failed} checks fail'}")
     if failed:

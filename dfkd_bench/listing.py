@@ -210,7 +210,7 @@ def doctor(data_root: Path | None) -> RenderableType:
         try:
             versions.add_row(name, importlib.metadata.version(name))
         except importlib.metadata.PackageNotFoundError:
-            versions.add_row(name, "[red]not installed[/]")
+            versions.add_row(name, Text("not installed", "red"))
     devices = _table("device", "what", "bf16")
     cpu = torch.device("cpu")
     facts = compute.hardware(cpu, 1)

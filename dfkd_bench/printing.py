@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
+from rich.text import Text
 
 from dfkd_bench.errors import unknown
 
@@ -20,26 +21,20 @@ if TYPE_CHECKING:
     from dfkd_bench.report.table import Table
     from dfkd_bench.suite import Suite
 
-# Redirected output has no width of its own; tables in it should not be folded at 80 signs.
-out = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
-err = Console(stderr=True, highlight=False, soft_wrap=True)
+# Redirected output has no width of its own; tables in it should not be folded at 80 signs. Reasons, paths and settings
+# are the user's text: brackets in them are no markup, and `:name:` is no picture.
+out = Console(highlight=False, markup=False, emoji=False, width=None if sys.stdout.isatty() else 140)
+err = Console(highlight=False, markup=False, emoji=False, stderr=True, soft_wrap=True)
 
 
 def plain(text: str) -> None:
     """Text that is laid out already."""
-    out.print(text, markup=False, soft_wrap=True)
-
-
-def escaped(text: str) -> str:
-    """Text in which brackets are no markup."""
-    from rich.markup import escape
-
-    return escape(text)
+    out.print(text, soft_wrap=True)
 
 
 def warn(line: str, kind: str = "warning") -> None:
     """A yellow word and a line on stderr."""
-    err.print(f"[yellow]{kind}:[/] {escaped(line)}")
+    err.print(Text.assemble((f"{kind}:", "yellow"), f" {line}"))
 
 
 # -- suites ---------------------------------------------------------------------------------------------------------

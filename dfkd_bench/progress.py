@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
 
 if TYPE_CHECKING:
     from dfkd_bench.plan import Plan, Step
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 def _bars(console: Console) -> Progress:
     return Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),  # names and reasons are the user's: brackets are no markup
         BarColumn(bar_width=28),
         TextColumn("{task.fields[note]}", justify="right"),
         TextColumn("elapsed"),
@@ -53,11 +54,11 @@ class _Bars:
 
     def __call__(self, step: Step) -> None:
         if step.event is None:
-            self._bars.console.print(_doing(step))
+            self._bars.console.print(Text(_doing(step)))
             return
         if step.stage not in self._all:
             name = "all runs" if step.stage == "runs" else "teachers"
-            self._all[step.stage] = self._bars.add_task(f"[bold]{name}[/]", total=1.0, note=f"0/{step.count}")
+            self._all[step.stage] = self._bars.add_task(name, total=1.0, note=f"0/{step.count}")
         key = (step.stage, step.index)
         event = step.event
         if event.state == "started":
@@ -76,7 +77,7 @@ class _Bars:
             if key in self._running:
                 self._bars.remove_task(self._running.pop(key))
             if event.reason:
-                self._bars.console.print(f"[red]{step.label} failed:[/] {event.reason}")
+                self._bars.console.print(Text.assemble((f"{step.label} failed:", "red"), f" {event.reason}"))
         self._work[key] = self._finished.get(key, 0.0) * step.share
         done = sum(work for (stage, _), work in self._work.items() if stage == step.stage)
         finished = sum(part == 1.0 for (stage, _), part in self._finished.items() if stage == step.stage)
@@ -96,7 +97,7 @@ class _Lines:
     def __call__(self, step: Step) -> None:
         event = step.event
         if event is None:
-            self._console.print(_doing(step))
+            self._console.print(Text(_doing(step)))
             return
         began = self._began.setdefault(step.stage, time.monotonic())
         if event.accuracy is not None:
@@ -109,7 +110,8 @@ class _Lines:
         left = elapsed / work * max(0.0, 1 - work)
         accuracy = self._accuracy.get((step.stage, step.index))
         result = event.reason or (f"{accuracy:.2f} %" if accuracy is not None else event.state)
-        self._console.print(f"{done}/{step.count}  {step.label}: {result}  ({elapsed:.0f} s, about {left:.0f} s left)")
+        spent = f"({elapsed:.0f} s, about {left:.0f} s left)"
+        self._console.print(Text(f"{done}/{step.count}  {step.label}: {result}  {spent}"))
 
 
 def _doing(step: Step) -> str:

@@ -18,9 +18,12 @@ from typing import Any, NoReturn
 import pytest
 import torch
 
-from dfkd_bench import cli, listing, plan
+from dfkd_bench import cli, data, listing, plan, plugins
 from dfkd_bench.models import build_model
 from dfkd_bench.record import read_all
+from dfkd_bench.record import write as write_record
+from dfkd_bench.run import failed
+from dfkd_bench.suite import expand, make_suite
 
 FAILING = """
 from dfkd_bench.method import Method, MethodConfig, Synthesis
@@ -302,6 +305,14 @@ def test_init_images_reach_the_methods_that_take_some(table: tuple[str, ...], co
     assert command("plan", *table, "--init-images", "made").out == set_by_hand
     assert command("plan", *table, "--init-images", "other", "-s", "cmi.initial_images=made").out == set_by_hand
     assert command("plan", *table, "--init-images", "other").out != set_by_hand
+
+
+def test_a_plan_shows_a_reason_as_it_is(command: Command, home: Path) -> None:
+    suite = make_suite("x", "x", "digits", ("nayer",), controls=())
+    (job,) = expand(suite, plugins.discover(), data.dataset("digits"), "cpu")
+    write_record(home.parent / "dfkd-results", failed(job, plugins.discover(), "no images in [/x], [sbert] :dog:"))
+    shown = command("plan", *DIGITS, "--no-controls", "--device", "cpu").out
+    assert "failed: no images in [/x], [sbert] :dog:" in " ".join(shown.split())
 
 
 def test_a_dry_run_is_a_plan(command: Command, home: Path) -> None:

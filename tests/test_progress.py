@@ -13,8 +13,9 @@ from dfkd_bench.engines.local import Event
 from dfkd_bench.plan import Step
 
 
-def run_step(index: int, share: float, state: str, epoch: int = 0) -> Step:
-    return Step("runs", f"run {index}", index, 2, share, Event(index, state, epoch, 10))  # type: ignore[arg-type]
+def run_step(index: int, share: float, state: str, epoch: int = 0, reason: str = "") -> Step:
+    event = Event(index, state, epoch, 10, reason=reason)  # type: ignore[arg-type]
+    return Step("runs", f"run {index}", index, 2, share, event)
 
 
 def test_the_time_left_is_that_of_the_work_left_not_of_the_runs_left(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -37,3 +38,13 @@ def test_the_bar_of_all_runs_grows_by_work() -> None:
     assert bars.tasks[0].percentage == pytest.approx(40)
     say(run_step(1, 0.2, "done"))
     assert bars.tasks[0].percentage == pytest.approx(60)
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_reason_is_printed_as_it_is(terminal: bool) -> None:
+    """A bracket that closes nothing is an error as markup, and other brackets vanish."""
+    lines = io.StringIO()
+    console = Console(file=lines, force_terminal=terminal, width=200)
+    say = progress._Bars(progress._bars(console)) if terminal else progress._Lines(console)
+    say(run_step(0, 0.5, "failed", reason="ValueError: no images in [/data/x], [sbert, clip] :dog:"))
+    assert "ValueError: no images in [/data/x], [sbert, clip] :dog:" in lines.getvalue()

@@ -6,7 +6,6 @@ from pathlib import Path
 
 from rich import box
 from rich.console import Group, RenderableType
-from rich.markup import escape
 from rich.table import Table
 
 from dfkd_bench.record import write_text
@@ -45,7 +44,7 @@ def _head(speed: Speed) -> str:
     channels, side, _ = speed.image_shape
     facts = speed.hardware
     machine = ", ".join(str(facts[name]) for name in ("gpu", "cpu") if facts.get(name))
-    return escape(
+    return (
         f"{speed.method}, {speed.pair}, student batch {speed.batch}, synthesis batch {speed.synthesis_batch}, "
         f"images {channels}x{side}x{side}, {speed.classes} classes, {speed.precision}\n"
         f"{machine}; {facts['threads']} threads of {facts['cores']} cores; torch {speed.software['torch']}; medians of "
@@ -108,7 +107,7 @@ def _profile(step: str, operators: tuple[Operator, ...]) -> Table:
     table = _table(f"{step}: operators", "self ms", "%", "calls")
     for one in operators:
         name = one.name if len(one.name) <= 60 else f"{one.name[:57]}..."
-        table.add_row(escape(name), f"{1e3 * one.seconds:,.2f}", f"{100 * one.share:.1f}", f"{one.calls:g}")
+        table.add_row(name, f"{1e3 * one.seconds:,.2f}", f"{100 * one.share:.1f}", f"{one.calls:g}")
     return table
 
 
