@@ -251,6 +251,12 @@ def row_suite(
     return suite.model_copy(update={"settings": {**suite.settings, f"{row.method}.pool_cap": cap}})
 
 
+def axis_value(job: Job, axis: str) -> float | None:
+    """A job's place on the axis: the setting of this name, of the method or else of the schedule; None: no number."""
+    value = {**job.schedule.model_dump(), **job.config}.get(axis)
+    return float(value) if isinstance(value, (int, float)) else None
+
+
 def images_made(job: Job, found: Plugins, num_classes: int) -> int:
     """Images that a run makes: those that would pass through the teacher if each batch took one step.
 

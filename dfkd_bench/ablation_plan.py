@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Literal
 
 from dfkd_bench import data, text
-from dfkd_bench.ablation import Ablation, Row, RowRecords, row_suite
+from dfkd_bench.ablation import Ablation, Row, RowRecords, axis_value, row_suite
 from dfkd_bench.data import DataSet
-from dfkd_bench.errors import UserError
+from dfkd_bench.errors import UserError, unknown
+from dfkd_bench.job import Job
 from dfkd_bench.plan import Plan, Planned, make_plan
 from dfkd_bench.plugins import Plugins
 from dfkd_bench.record import Record
@@ -74,7 +75,7 @@ def plan_ablation(
         encode: try to make embeddings that are not at hand; else nothing is started.
 
     Raises:
-        UserError: a wrong name or setting in a row, which it names.
+        UserError: a wrong name or setting in a row, which it names, or an axis that no row has a number for.
     """
     dataset = data.dataset(ablation.dataset, data_root, found.datasets)
     plans = []
@@ -84,11 +85,23 @@ def plan_ablation(
             plans.append(make_plan(suite, found, output, data_root, device, precision))
         except UserError as error:
             raise UserError(f"ablation {ablation.name}, row '{row.label}': {error}") from None
+    _axis_is_a_number(ablation, [plan.planned[0].job for plan in plans])
     rows = tuple(
         PlannedRow(row, plan.planned, *_why_not(plan, found, dataset, rerun, encode))
         for row, plan in zip(ablation.rows, plans, strict=True)
     )
     return AblationPlan(ablation, _merged(plans, rows, rerun), rows)
+
+
+def _axis_is_a_number(ablation: Ablation, jobs: Sequence[Job]) -> None:
+    """Told before the work: the figure is drawn after all runs."""
+    axis = ablation.axis
+    if axis is None or any(axis_value(job, axis) is not None for job in jobs):
+        return
+    known = {
+        name for job in jobs for name in (*job.config, *job.schedule.model_dump()) if axis_value(job, name) is not None
+    }
+    raise unknown(f"axis of ablation {ablation.name}", axis, known, "It is a setting that is a number")
 
 
 def _merged(plans: Sequence[Plan], rows: Sequence[PlannedRow], rerun: Sequence[str]) -> Plan:

@@ -8,12 +8,22 @@ import sys
 from collections.abc import Callable, Sequence
 from math import inf
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import pytest
 
 from dfkd_bench import ablation_plan, cli, data, plugins, record
-from dfkd_bench.ablation import Ablation, Claim, Reference, Row, RowRecords, names_ablation, read_ablation, row_suite
+from dfkd_bench.ablation import (
+    Ablation,
+    Claim,
+    Measure,
+    Reference,
+    Row,
+    RowRecords,
+    names_ablation,
+    read_ablation,
+    row_suite,
+)
 from dfkd_bench.errors import UserError
 from dfkd_bench.job import Job, TeacherSpec
 from dfkd_bench.method import Schedule
@@ -458,6 +468,25 @@ def test_another_data_set_brings_its_own_defaults(home: Path) -> None:
 
 def planned(chosen: Ablation, output: Path) -> ablation_plan.AblationPlan:
     return ablation_plan.plan_ablation(chosen, FOUND, output, device="cpu", precision="fp32")
+
+
+@pytest.mark.parametrize("axis", ["generator_step", "prompt"])
+def test_an_axis_that_is_no_number_in_any_row_is_told_before_the_runs(axis: str, tmp_path: Path, home: Path) -> None:
+    chosen = read_ablation("nayer_steps", seeds="0").model_copy(update={"axis": axis})
+    with pytest.raises(UserError, match=rf"unknown axis of ablation nayer_steps '{axis}':.* Known: .*generator_steps"):
+        planned(chosen, tmp_path)
+
+
+def test_an_axis_may_be_of_the_schedule(tmp_path: Path, home: Path) -> None:
+    chosen = read_ablation("nayer_steps", seeds="0").model_copy(update={"axis": "lr"})
+    planned(chosen, tmp_path)
+    rows = [row("a", [run("x", seed, 80.0 + seed) for seed in (0, 1)])]
+    assert ablation_figure._curves(rows, "lr") == {"nayer": {0.1: [80, 81]}}
+
+
+def test_every_measure_that_a_run_has_by_itself_can_be_drawn() -> None:
+    accuracies = {"accuracy", "accuracy_at_equal_seconds"}
+    assert set(ablation_figure._LABELS) == set(get_args(Measure)) - accuracies
 
 
 def test_a_job_that_two_rows_share_is_planned_once(tmp_path: Path, home: Path) -> None:

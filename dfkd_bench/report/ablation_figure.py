@@ -5,12 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from dfkd_bench.ablation import Ablation, Claim, RowRecords
+from dfkd_bench.ablation import Ablation, Claim, RowRecords, axis_value
 from dfkd_bench.report.ablation_table import MEGABYTE
 from dfkd_bench.report.plots import Panel, dots, sweep
 from dfkd_bench.report.verdicts import level_of, measured, scored
 
-_LABELS = {"noisy_layer_bytes": "noisy layers [MB]", "diversity": "diversity", "epochs": "epochs", "seconds": "seconds"}
+_LABELS = {
+    "noisy_layer_bytes": "noisy layers [MB]",
+    "diversity": "diversity within a class\n[real images = 1]",
+    "coverage": "coverage\n[share of real images]",
+    "epochs": "epochs",
+    "seconds": "seconds",
+}
 
 
 def draw(ablation: Ablation, results: Sequence[RowRecords], path: Path) -> Path:
@@ -37,8 +43,8 @@ def _curves(results: Sequence[RowRecords], axis: str) -> dict[str, dict[float, l
     curves: dict[str, dict[float, list[float]]] = {}
     for item in results:
         for run in scored(item).values():
-            setting = run.job.config.get(axis)
-            if isinstance(setting, (int, float)) and run.last:
+            setting = axis_value(run.job, axis)
+            if setting is not None and run.last:
                 curves.setdefault(item.row.method, {}).setdefault(setting, []).append(run.last.accuracy)
     return curves
 
