@@ -139,8 +139,9 @@ def run(asked: TableOptions, work: WorkOptions, verbose: Verbose = False, quiet:
         out.print(listing.plan(planned))
         return
     records = _carry_out(planned, asked, work, found, again, quiet)
-    printing.results(chosen, records, asked.output, verbose)
-    _exit_if_failed(records)
+    if records:
+        printing.results(chosen, records, asked.output, verbose)
+    _exit_unless_done(planned, records)
 
 
 @app.command()
@@ -232,8 +233,9 @@ def ablate(
         if row.missing:
             printing.warn(f"row '{row.row.label}' is left out: {row.trouble or row.missing}")
     records = _carry_out(planned.plan, asked, work, found, again, quiet)
-    printing.ablation_results(planned, records, asked.output)
-    _exit_if_failed(records)
+    if records or not planned.plan.planned:
+        printing.ablation_results(planned, records, asked.output)
+    _exit_unless_done(planned.plan, records)
 
 
 # -- methods --------------------------------------------------------------------------------------------------------
@@ -529,6 +531,12 @@ def _carry_out(
         return carry_out(planned, found, place, devices, again, report)
 
 
-def _exit_if_failed(records: Sequence[Record]) -> None:
+def _exit_unless_done(planned: Plan, records: Sequence[Record]) -> None:
+    elsewhere = len(planned.planned) - len(records)
+    if elsewhere:
+        line = f"{elsewhere} of {len(planned.planned)} runs are under way in another process and are not in the table"
+        printing.warn(f"{line}: give the same command again when they have ended", "note")
     if any(record.status == "failed" for record in records):
         raise typer.Exit(EXIT_FAILED)
+    if elsewhere:
+        raise typer.Exit(EXIT_RESUMABLE)

@@ -240,6 +240,19 @@ def test_a_stopped_command_says_that_nothing_is_lost(
     assert "Traceback" not in ended.err
 
 
+def test_runs_of_another_process_are_told_and_leave_the_tables_as_they_are(
+    command: Command, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = home.parent / "dfkd-results" / "tables" / "nayer_digits.md"
+    table.parent.mkdir(parents=True)
+    table.write_text("made before")
+    monkeypatch.setattr(plan, "carry_out", lambda *_: [])  # another process holds all of them
+    ended = command("run", "-q", *DIGITS, "--no-controls", "--seeds", "0-1", "--device", "cpu")
+    assert (ended.code, ended.out) == (3, "")
+    assert "2 of 2 runs are under way in another process" in ended.err
+    assert table.read_text() == "made before"
+
+
 # --- Looking ----------------------------------------------------------------------------------------------------------
 
 
