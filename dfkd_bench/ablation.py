@@ -112,11 +112,12 @@ class Ablation(Frozen):
     axis: str | None = None  # a setting: the figure draws accuracy against it, a curve a method
     settings: dict[str, Any] = {}  # "method.setting" -> value, for all rows that don't name it themselves
     evaluate_on: Literal["test", "validation"] = "test"
+    variant: str = ""  # behind the names of its files: what the command line changed
 
     @property
     def stem(self) -> str:
         """What its files are called."""
-        return f"{self.name}_{record.safe_name(self.dataset)}"
+        return f"{self.name}_{record.safe_name(self.dataset)}{self.variant}"
 
 
 @dataclass(frozen=True)

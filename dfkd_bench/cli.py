@@ -452,7 +452,7 @@ def _precision(name: str) -> Literal["auto", "fp32", "bf16"]:
 def _suite(asked: TableOptions, found: Plugins) -> Suite:
     from dfkd_bench.suite import from_options
 
-    return from_options(
+    chosen = from_options(
         name=asked.suite,
         methods=asked.methods,
         dataset=asked.dataset,
@@ -465,6 +465,7 @@ def _suite(asked: TableOptions, found: Plugins) -> Suite:
         found=found,
         init_images=asked.init_images,
     )
+    return chosen.model_copy(update={"name": f"{chosen.name}{asked.variant}"})
 
 
 def _plan(asked: TableOptions, chosen: Suite, found: Plugins) -> Plan:
@@ -486,6 +487,7 @@ def _ablation(name: str, asked: TableOptions, found: Plugins) -> Ablation:
     chosen = read_ablation(
         name, asked.dataset, asked.protocol, asked.pair, asked.seeds, asked.settings or [], asked.split
     )
+    chosen = chosen.model_copy(update={"variant": asked.variant})
     return chosen if asked.init_images is None else with_initial_images(chosen, asked.init_images, found)
 
 

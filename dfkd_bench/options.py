@@ -60,6 +60,26 @@ class TableOptions:
     precision: PrecisionName = "auto"
     split: SplitName = "test"
 
+    @property
+    def variant(self) -> str:
+        """What files are called behind the name of the table: "" for the plain one, so that no other overwrites it.
+
+        >>> TableOptions(split="validation", controls=False).variant
+        '-validation-no_controls'
+        """
+        from dfkd_bench.job import digest
+        from dfkd_bench.record import safe_name
+
+        settings = sorted([*(self.settings or []), *([self.init_images] if self.init_images else [])])
+        parts = (
+            self.protocol,
+            self.pair and safe_name(self.pair),
+            self.split if self.split != "test" else None,
+            None if self.controls else "no_controls",
+            digest(settings)[:6] if settings else None,
+        )
+        return "".join(f"-{part}" for part in parts if part)
+
 
 @dataclass(frozen=True)
 class AblationOptions(TableOptions):

@@ -746,6 +746,14 @@ def test_ablate_prints_and_leaves_files_and_runs_nothing_twice(
     assert command("table", *line)[1].strip() == shown.partition("\n\ntable: ")[0].strip()
 
 
+def test_an_ablation_with_other_settings_has_files_of_its_own(
+    command: Command, done: list[list[str]], home: Path
+) -> None:
+    command("ablate", "nayer_batchnorm", "--seeds", "0", "--device", "cpu", "--split", "validation")
+    tables = home.parent / "dfkd-results" / "ablations"
+    assert {path.name for path in tables.glob("*.md")} == {"nayer_batchnorm_digits-validation.md"}
+
+
 def test_a_row_that_cannot_run_is_a_warning_and_stays_in_the_table(
     command: Command, done: list[list[str]], home: Path, tmp_path: Path
 ) -> None:

@@ -253,6 +253,19 @@ def test_runs_of_another_process_are_told_and_leave_the_tables_as_they_are(
     assert table.read_text() == "made before"
 
 
+def test_only_the_plain_suite_has_its_plain_name(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[str] = []
+    monkeypatch.setattr(plan, "carry_out", lambda *_: [None])
+    monkeypatch.setattr(cli.printing, "results", lambda suite, *_: written.append(suite.name))
+    monkeypatch.setattr(cli, "_exit_unless_done", lambda *_: None)
+    changes = ["", "--seeds 0-1", "--split validation", "--no-controls", "--pair wrn16_2:wrn16_1"]
+    for change in (*changes, "-s nayer.lr=0.1 -s nayer.epochs=4", "-s nayer.epochs=4 -s nayer.lr=0.1"):
+        command("run", "-q", *DIGITS, *change.split())
+    *names, one, other = [name.removeprefix("nayer_digits") for name in written]
+    assert names == ["", "", "-validation", "-no_controls", "-wrn16_2_wrn16_1"]
+    assert one == other != ""
+
+
 # --- Looking ----------------------------------------------------------------------------------------------------------
 
 
