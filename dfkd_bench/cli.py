@@ -188,8 +188,10 @@ def plot(asked: TableOptions, to: FigureFile = None) -> None:
         plain(f"figure: {printing.ablation_figure(planned, planned.plan.records(), asked.output, to)}")
         return
     chosen = _suite(asked, found)
-    for path in printing.figures(chosen, _records(asked, chosen, found), asked.output, to):
+    paths, wrong = printing.figures(chosen, _records(asked, chosen, found), asked.output, to)
+    for path in paths:
         plain(f"figure: {path}")
+    printing.tell(wrong)
 
 
 @app.command()
@@ -203,12 +205,17 @@ def gallery(asked: TableOptions, to: FigureFile = None) -> None:
     chosen = _suite(asked, found)
     records = _records(asked, chosen, found)
     images = data.dataset(chosen.dataset, asked.data_root, found.datasets)
-    for pair, runs in printing.by_pair(chosen, records).items():
+
+    def draw_pair(pair: str, runs: list[Record]) -> tuple[Path, tuple[str, ...]]:
         place = printing.figure_path(chosen, pair, asked.output, to, "-gallery")
-        path, advice = draw(runs, images, place, chosen.title, printing.order(chosen), asked.data_root)
+        return draw(runs, images, place, chosen.title, printing.order(chosen), asked.data_root)
+
+    drawn, wrong = printing.each_pair(chosen, records, draw_pair)
+    for path, advice in drawn:
         for line in advice:
             printing.warn(line, "note")
         plain(f"figure: {path}")
+    printing.tell(wrong)
 
 
 @app.command()

@@ -6,20 +6,22 @@ Also the two consoles and the form of a warning. Light to import: reports are im
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from rich.console import Console
 from rich.text import Text
 
-from dfkd_bench.errors import unknown
+from dfkd_bench.errors import UserError, unknown
 
 if TYPE_CHECKING:
     from dfkd_bench.ablation_plan import AblationPlan
     from dfkd_bench.record import Record
     from dfkd_bench.report.table import Table
     from dfkd_bench.suite import Suite
+
+Made = TypeVar("Made")
 
 # Redirected output has no width of its own; tables in it should not be folded at 80 signs. Reasons, paths and settings
 # are the user's text: brackets in them are no markup, and `:name:` is no picture.
@@ -45,49 +47,66 @@ def results(suite: Suite, records: Sequence[Record], output: Path, verbose: bool
     from dfkd_bench.record import record_path, write_text
     from dfkd_bench.report import table as tables
 
-    built = _tables(suite, records)
+    built, wrong = _tables(suite, records)
     for item in built:
         plain(tables.to_text(item, out.width))
-    place = output / "tables" / f"{suite.name}.md"
-    write_text(place, "\n".join(tables.to_markdown(item) for item in built))
-    csv = place.with_suffix(".csv")
-    write_text(csv, tables.to_csv(*built))
-    drawn = ", ".join(map(str, figures(suite, records, output)))
-    plain(f"\ntable:   {place} (and .csv)\nfigure:  {drawn or 'none: no run has a curve'}")
+    if built:
+        place = output / "tables" / f"{suite.name}.md"
+        write_text(place, "\n".join(tables.to_markdown(item) for item in built))
+        csv = place.with_suffix(".csv")
+        write_text(csv, tables.to_csv(*built))
+        drawn, undrawn = figures(suite, records, output)
+        wrong = wrong or undrawn
+        plain(f"\ntable:   {place} (and .csv)")
+        plain(f"figure:  {', '.join(map(str, drawn)) or 'none: no run has a curve'}")
     plain(f"records: {output / 'records'} ({len(records)} of this table)")
     if verbose:
         for record in records:
             plain(f"  {record_path(output, record.job)}")
+    tell(wrong)
 
 
 def table(suite: Suite, records: Sequence[Record], form: str) -> None:
-    """Print the table, one a pair."""
-    for built in _tables(suite, records):
-        _print_table(built, form)
+    """Print the table, one a pair; as CSV one for all."""
+    from dfkd_bench.report import table as tables
+
+    built, wrong = _tables(suite, records)
+    if form == "csv" and built:
+        plain(tables.to_csv(*built).rstrip())
+    else:
+        for item in built:
+            _print_table(item, form)
+    tell(wrong)
 
 
 def diversity(suite: Suite, records: Sequence[Record], form: str) -> None:
-    """Print how varied the images are, a table a pair."""
+    """Print how varied the images are, a table a pair; as CSV one for all."""
     from dfkd_bench.report import diversity as measures
 
-    for chosen in by_pair(suite, records).values():
-        if form == "csv":
-            plain(measures.to_csv(chosen, order(suite)))
-        else:
-            _print_table(measures.build(chosen, suite.title, order(suite)), form)
+    if form == "csv":
+        parts, wrong = each_pair(suite, records, lambda _, chosen: measures.to_csv(chosen, order(suite)))
+        lines = [*parts[:1], *(part.partition("\n")[2] for part in parts[1:])]  # one heading
+        plain("".join(lines).rstrip())
+    else:
+        built, wrong = each_pair(suite, records, lambda _, chosen: measures.build(chosen, suite.title, order(suite)))
+        for item in built:
+            _print_table(item, form)
+    tell(wrong)
 
 
-def figures(suite: Suite, records: Sequence[Record], output: Path, to: Path | None = None) -> list[Path]:
-    """Draw accuracy against time, one a pair; where the figures are."""
+def figures(
+    suite: Suite, records: Sequence[Record], output: Path, to: Path | None = None
+) -> tuple[list[Path], UserError | None]:
+    """Draw accuracy against time, one a pair; where the figures are, and what is to be told (``each_pair``)."""
     from dfkd_bench.report.plots import accuracy_against_time
 
-    paths = []
-    done = [record for record in records if record.status == "done"]
-    for pair, chosen in by_pair(suite, done).items():
-        path = figure_path(suite, pair, output, to)
-        accuracy_against_time(chosen, path, suite.title, order(suite))
-        paths.append(path)
-    return paths
+    return each_pair(
+        suite,
+        [record for record in records if record.status == "done"],
+        lambda pair, chosen: accuracy_against_time(
+            chosen, figure_path(suite, pair, output, to), suite.title, order(suite)
+        ),
+    )
 
 
 def order(suite: Suite) -> list[str]:
@@ -95,10 +114,26 @@ def order(suite: Suite) -> list[str]:
     return [*suite.controls, *suite.methods]
 
 
-def by_pair(suite: Suite, records: Sequence[Record]) -> dict[str, list[Record]]:
-    """The records of each pair that has some; a table and a figure each."""
-    by_pair = {pair: [record for record in records if record.job.pair == pair] for pair in suite.pairs}
-    return {pair: chosen for pair, chosen in by_pair.items() if chosen}
+def each_pair(
+    suite: Suite, records: Sequence[Record], make: Callable[[str, list[Record]], Made]
+) -> tuple[list[Made], UserError | None]:
+    """A table or a figure of each pair that has records. One that can't be made takes no other with it: the first such
+    error comes back, to be told in the end."""
+    made: list[Made] = []
+    wrong: UserError | None = None
+    for pair in suite.pairs:
+        chosen = [record for record in records if record.job.pair == pair]
+        try:
+            made += [make(pair, chosen)] if chosen else []
+        except UserError as error:
+            wrong = wrong or (UserError(f"{pair}: {error}") if len(suite.pairs) > 1 else error)
+    return made, wrong
+
+
+def tell(wrong: UserError | None) -> None:
+    """Raise what ``each_pair`` has kept back."""
+    if wrong is not None:
+        raise wrong
 
 
 def figure_path(suite: Suite, pair: str, output: Path, to: Path | None, kind: str = "") -> Path:
@@ -115,10 +150,10 @@ def _print_table(built: Table, form: str) -> None:
     plain(tables.to_text(built, out.width) if form == "text" else tables.FORMATS[form](built))
 
 
-def _tables(suite: Suite, records: Sequence[Record]) -> list[Table]:
+def _tables(suite: Suite, records: Sequence[Record]) -> tuple[list[Table], UserError | None]:
     from dfkd_bench.report import table as tables
 
-    return [tables.build(chosen, suite.title, order(suite)) for chosen in by_pair(suite, records).values()]
+    return each_pair(suite, records, lambda _, chosen: tables.build(chosen, suite.title, order(suite)))
 
 
 # -- ablations ------------------------------------------------------------------------------------------------------

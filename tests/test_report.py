@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import pytest
 
+from dfkd_bench import printing
 from dfkd_bench import record as records_module
 from dfkd_bench.errors import UserError
 from dfkd_bench.job import Job, ProtocolName, TeacherSpec
@@ -23,6 +24,7 @@ from dfkd_bench.report.plots import accuracy_against_time, band
 from dfkd_bench.report.published import NAMES, distinct, published
 from dfkd_bench.report.statistics import interval, paired_difference
 from dfkd_bench.report.table import Table, build, to_csv, to_latex, to_markdown, to_text
+from dfkd_bench.suite import make_suite
 
 DATA = Path(__file__).parent / "data"
 TITLE = "Data-free distillation on digits"
@@ -485,6 +487,26 @@ def test_several_tables_make_one_csv_with_one_heading(digits: Table) -> None:
     both = list(csv.DictReader(io.StringIO(to_csv(digits, cifar10(cifar_run("fm"))))))
     assert [line["method"] for line in both[-2:]] == ["teacher", "fm"]
     assert {line["dataset"] for line in both} == {"digits", "cifar10"}
+
+
+# Several pairs
+
+TWO_PAIRS = make_suite("t", TITLE, "digits", ["fm"], "smoke", ["lenet5:lenet5_half", "lenet5:other"], ())
+
+
+@pytest.mark.parametrize("show", [printing.table, printing.diversity])
+def test_several_pairs_are_printed_as_one_csv(show: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    show(TWO_PAIRS, [run("fm", 0, pair=pair) for pair in TWO_PAIRS.pairs], "csv")
+    lines = capsys.readouterr().out.splitlines()
+    assert [line["student"] for line in csv.DictReader(lines) if line["method"] == "fm"] == ["lenet5_half", "other"]
+    assert "" not in lines
+
+
+def test_a_pair_that_cannot_be_compared_takes_no_other_with_it(capsys: pytest.CaptureFixture[str]) -> None:
+    mixed = [run("fm", seed, pair="lenet5:lenet5_half", protocol_version=seed + 1) for seed in (0, 1)]
+    with pytest.raises(UserError, match="lenet5:lenet5_half: one report can't mix protocol versions"):
+        printing.table(TWO_PAIRS, [*mixed, run("fm", 0, pair="lenet5:other")], "text")
+    assert "teacher:student lenet5:other" in capsys.readouterr().out
 
 
 # Plots
