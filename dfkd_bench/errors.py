@@ -32,7 +32,7 @@ def validation_line(error: ValidationError) -> str:
     """The first problem of a pydantic error as one line."""
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"])
-    given = "" if first["type"] in ("missing", "value_error") else f" (given: {first['input']!r})"
+    given = "" if first["type"] in ("missing", "value_error", "json_invalid") else f" (given: {first['input']!r})"
     message = first["msg"].removeprefix("Value error, ")
     return f"{where}: {message}{given}" if where else message
 

@@ -15,7 +15,7 @@ from pydantic import Field, ValidationError
 
 from dfkd_bench import __version__
 from dfkd_bench.clock import total
-from dfkd_bench.errors import UserError
+from dfkd_bench.errors import UserError, validation_line
 from dfkd_bench.files import write_bytes as write_bytes
 from dfkd_bench.files import write_text as write_text
 from dfkd_bench.job import PROTOCOL_VERSION, Job
@@ -157,9 +157,11 @@ def read(path: Path) -> Record:
     """Read one record; a damaged or foreign file is a ``UserError`` that names it."""
     try:
         record = Record.model_validate_json(path.read_bytes())
-    except (OSError, ValidationError) as error:
-        first = str(error).splitlines()[0]
-        raise UserError(f"{path} is not a record of schema version {SCHEMA_VERSION}: {first}") from None
+    except OSError as error:
+        raise UserError(f"can't read the record {path}: {error.strerror or error}") from None
+    except ValidationError as error:
+        line = f"{path} is damaged or no record of schema version {SCHEMA_VERSION} ({validation_line(error)})"
+        raise UserError(f"{line}: put it back, or delete it to have the run done again") from None
     if record.schema_version != SCHEMA_VERSION:
         raise UserError(f"{path} has schema version {record.schema_version}, this version reads {SCHEMA_VERSION}")
     return record

@@ -207,8 +207,8 @@ def test_a_damaged_or_foreign_record_is_one_line_that_names_it(damage: Callable[
     assert "\n" not in str(caught.value)
 
 
-def test_a_missing_record_is_the_same_error(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"none\.json is not a record"):
+def test_a_missing_record_is_one_line_that_names_it(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"none\.json: No such file"):
         read(tmp_path / "none.json")
 
 
