@@ -35,6 +35,7 @@ from dfkd_bench.printing import err, out, plain
 if TYPE_CHECKING:
     from dfkd_bench.ablation import Ablation
     from dfkd_bench.ablation_plan import AblationPlan
+    from dfkd_bench.job import Job
     from dfkd_bench.plan import Plan
     from dfkd_bench.plugins import Plugins
     from dfkd_bench.record import Record
@@ -171,7 +172,7 @@ def table(
         raise unknown("format", form, FORMATS)
     found = _plugins(asked.plugin)
     if (ablation := _ablation_if_named(asked, found)) is not None:
-        printing.ablation(_ablation_plan(asked, ablation, found), form)
+        printing.ablation(_ablation_at_hand(asked, ablation, found), form)
         return
     chosen = _suite(asked, found)
     show = printing.diversity if diversity else printing.table
@@ -184,7 +185,7 @@ def plot(asked: TableOptions, to: FigureFile = None) -> None:
     """Draw accuracy against time, or an ablation's rows, from the records at hand. Starts nothing."""
     found = _plugins(asked.plugin)
     if (ablation := _ablation_if_named(asked, found)) is not None:
-        planned = _ablation_plan(asked, ablation, found)
+        planned = _ablation_at_hand(asked, ablation, found)
         plain(f"figure: {printing.ablation_figure(planned, planned.plan.records(), asked.output, to)}")
         return
     chosen = _suite(asked, found)
@@ -482,10 +483,25 @@ def _plan(asked: TableOptions, chosen: Suite, found: Plugins) -> Plan:
 
 
 def _records(asked: TableOptions, chosen: Suite, found: Plugins) -> list[Record]:
-    records = _plan(asked, chosen, found).records()
-    if not records:
-        raise UserError(f"there are no records of this suite in {asked.output}: `dfkd-bench run` makes them")
-    return records
+    planned = _plan(asked, chosen, found)
+    return _some(planned.records(), planned.planned[0].job, asked, "suite", "dfkd-bench run")
+
+
+def _ablation_at_hand(asked: TableOptions, chosen: Ablation, found: Plugins) -> AblationPlan:
+    planned = _ablation_plan(asked, chosen, found)
+    _some(planned.plan.records(), planned.rows[0].planned[0].job, asked, "ablation", f"dfkd-bench ablate {chosen.name}")
+    return planned
+
+
+def _some(records: list[Record], job: Job, asked: TableOptions, of: str, command: str) -> list[Record]:
+    """``records``, if there are any. Jobs of another precision are other jobs, and machines choose differently."""
+    if records:
+        return records
+    other = "bf16" if job.precision == "fp32" else "fp32"
+    where = f"{asked.output} with precision {job.precision} (--device {asked.device}, --precision {asked.precision})"
+    raise UserError(
+        f"there are no records of this {of} in {where}: `{command}` makes them; for {other}: --precision {other}"
+    )
 
 
 def _ablation(name: str, asked: TableOptions, found: Plugins) -> Ablation:
