@@ -19,7 +19,7 @@ from dfkd_bench import data, text
 from dfkd_bench.encoders import Rows
 from dfkd_bench.errors import UserError
 from dfkd_bench.record import safe_name, write_bytes
-from dfkd_bench.report.plots import FORMATS
+from dfkd_bench.report.plots import FORMATS, STYLE
 from dfkd_bench.text import LabelEmbeddings
 
 MATRICES = (".safetensors", ".npy")
@@ -239,14 +239,14 @@ def draw(encoded: Encoded, path: Path) -> None:
     points, shares = project(encoded.embeddings.matrix)
     count, found = len(points), encoded.embeddings
     side, signs = (4.5, 8) if count <= 30 else (8.0, 6) if count <= 120 else (11.0, 5)  # inches, points
-    with matplotlib.rc_context({"font.size": 8, "axes.titlesize": 8, "pdf.fonttype": 42, "svg.hashsalt": "dfkd-bench"}):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(side, 0.85 * side), dpi=72, layout="constrained")
         axes = figure.add_subplot()
         size = 14 if count <= LABELLED else 6
         axes.scatter(points[:, 0], points[:, 1], s=size, color="#0072b2", linewidths=0, zorder=3)
         axes.margins(x=0.12, y=0.06)  # room for the names at the borders
         prompt = f", '{found.prompt}'" if found.prompt else ""
-        axes.set_title(_plain(f"{encoded.title}: {count} classes by {found.encoder}{prompt}"), loc="left")
+        axes.set_title(f"{encoded.title}: {count} classes by {found.encoder}{prompt}", loc="left")
         axes.set_xlabel(f"first principal component ({shares[0]:.0%} of the variance)")
         axes.set_ylabel(f"second ({shares[1]:.0%})")
         axes.grid(True, color="#e5e5e5", linewidth=0.5)
@@ -259,7 +259,7 @@ def draw(encoded: Encoded, path: Path) -> None:
                 if place is None:
                     continue
                 axes.annotate(
-                    _plain(name), point, xytext=place, textcoords="offset points", fontsize=signs, color="#333333",
+                    name, point, xytext=place, textcoords="offset points", fontsize=signs, color="#333333",
                     verticalalignment="center", zorder=4,
                 )  # fmt: skip
             if None in places:
@@ -268,11 +268,6 @@ def draw(encoded: Encoded, path: Path) -> None:
         figure.savefig(
             path, dpi=200, metadata={".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(path.suffix)
         )
-
-
-def _plain(name: str) -> str:
-    """A dollar sign would begin a formula."""
-    return name.replace("$", r"\$")
 
 
 def place_names(points: NDArray[np.float64], lengths: Sequence[int], size: float) -> list[tuple[float, float] | None]:

@@ -7,16 +7,18 @@ from pathlib import Path
 from statistics import fmean
 
 import numpy as np
+from safetensors import SafetensorError
 
 from dfkd_bench.data import DataSet
 from dfkd_bench.diversity import KEPT_CLASSES, evenly_spaced
 from dfkd_bench.errors import UserError
+from dfkd_bench.paths import home
 from dfkd_bench.record import Record
 from dfkd_bench.report.gallery import CLASSES, PER_CELL, Block, draw
 from dfkd_bench.report.groups import Group, group
 from dfkd_bench.report.layout import accuracy
 from dfkd_bench.report.statistics import interval
-from dfkd_bench.runfolder import kept_images
+from dfkd_bench.runfolder import IMAGES, kept_images
 
 NUMBERS = {"within class": "within", "between classes": "between", "coverage": "coverage"}
 """Columns at the right: heading -> measure."""
@@ -54,7 +56,7 @@ def gallery(
     blocks, seeds, missing = list[Block](), dict[str, int](), list[Group]()
     classes = _classes(dataset.num_classes)
     for one in shown:
-        kept = next(((run, images) for run in one.scored if (images := kept_images(run.job_id)) is not None), None)
+        kept = next(((run, images) for run in one.scored if (images := _kept(run.job_id)) is not None), None)
         if kept is None:
             missing.append(one)
         else:
@@ -75,6 +77,15 @@ def gallery(
     names = dict(zip(range(dataset.num_classes), dataset.class_names, strict=True))
     draw([real, *blocks], {number: names[number] for number in classes}, path, title, _notes(groups, dataset, seeds))
     return path, (advice,) if advice else ()
+
+
+def _kept(job_id: str) -> dict[str, np.ndarray] | None:
+    try:
+        return kept_images(job_id)
+    except (OSError, SafetensorError) as error:
+        path = home() / "runs" / job_id / IMAGES
+        line = f"the images of run {job_id} can't be read ({error}): delete {path}"
+        raise UserError(f"{line}, and its row says that they are not at hand") from None
 
 
 def _classes(count: int) -> list[int]:

@@ -136,6 +136,14 @@ def test_images_that_are_not_at_hand_leave_a_row_and_one_line(ran: Ran, elsewher
     assert "no images of nayer are at hand" in advice[0]
 
 
+def test_damaged_images_are_one_line_that_names_the_file(home: Path) -> None:
+    path = home / "runs" / "0123456789ab" / IMAGES
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"garbage of some length")
+    with pytest.raises(UserError, match=f"the images of run 0123456789ab can't be read .* delete {path}"):
+        gallery._kept("0123456789ab")
+
+
 def test_without_any_images_there_is_no_figure(ran: Ran, elsewhere: Path, tmp_path: Path) -> None:
     shutil.rmtree(elsewhere)
     with pytest.raises(UserError, match="no images of noise_kd, nayer are at hand") as caught:

@@ -546,6 +546,12 @@ def test_the_same_records_give_the_same_figure(tmp_path: Path) -> None:
     assert first.read_bytes() == second.read_bytes()
 
 
+def test_a_dollar_sign_begins_no_formula(tmp_path: Path) -> None:
+    found = [run("fm", 0, config={"prompt": rf"${prompt}\nothing$"}) for prompt in "ab"]
+    path = accuracy_against_time(found, tmp_path / "curve.svg", r"$\nothing$")
+    assert path.stat().st_size > 1000
+
+
 def test_plot_refuses_an_unknown_suffix(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="expected a name that ends in"):
         accuracy_against_time(fixture_records(), tmp_path / "curve.doc")

@@ -31,7 +31,7 @@ _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
 _DASHES = ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (5, 1, 1, 1)))
 _GREYS = ("#555555", "#888888", "#aaaaaa")
 _UNITS = ((2 * 3600.0, 3600.0, "hours"), (2 * 60.0, 60.0, "minutes"), (0.0, 1.0, "seconds"))
-_STYLE: Any = {
+STYLE: Any = {
     "font.size": 8,
     "axes.titlesize": 8,
     "legend.fontsize": 7,
@@ -39,6 +39,7 @@ _STYLE: Any = {
     "ytick.labelsize": 7,
     "axes.linewidth": 0.6,
     "pdf.fonttype": 42,
+    "text.parse_math": False,  # labels and titles are the user's: a dollar sign begins no formula
     "svg.hashsalt": "dfkd-bench",  # the same records give the same file
 }
 
@@ -149,7 +150,7 @@ def dots(labels: Sequence[str], panels: Sequence[Panel], path: Path, title: str 
         every[0].set_yticks(range(len(labels)), labels)
         every[0].set_ylim(len(labels) - 0.5, -0.5)
         if title:
-            figure.suptitle(title, fontsize=_STYLE["axes.titlesize"], x=0.01, ha="left")
+            figure.suptitle(title, fontsize=STYLE["axes.titlesize"], x=0.01, ha="left")
     return path
 
 
@@ -239,7 +240,7 @@ def new_figure(path: Path, size: tuple[float, float]) -> Iterator[Figure]:
     import matplotlib
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=size, layout="constrained")
         yield figure
         path.parent.mkdir(parents=True, exist_ok=True)
