@@ -235,6 +235,19 @@ def test_published_values_are_found_under_our_names(method: str) -> None:
     assert published(method, "cifar10", "wrn40_2", "wrn16_1")
 
 
+@pytest.mark.parametrize("method", ["dfad", "dfnd"])
+def test_published_values_of_one_pair_are_found(method: str) -> None:
+    assert published(method, "cifar100", "resnet34", "resnet18")
+
+
+def test_published_values_of_imagenet_are_of_its_form_of_the_models() -> None:
+    assert published("fm", "imagenet", "resnet50_imagenet", "resnet18_imagenet")
+
+
+def test_numbers_of_the_test_images_do_not_stand_beside_validation() -> None:
+    assert row(cifar10(cifar_run("fm", evaluate_on="validation")), "fm").published == ()
+
+
 def test_both_versions_of_a_baseline_are_shown() -> None:
     assert {value.value for value in distinct(published("zskt", "cifar100", "wrn40_2", "wrn16_2"))} == {28.44, 54.59}
 
@@ -255,6 +268,7 @@ def test_users_reruns_are_not_published_values() -> None:
         ("nayer", "digits", "lenet5", "lenet5_half"),
         ("fm", "cifar10", "wrn16_1", "wrn40_2"),
         ("nobody", "cifar10", "wrn40_2", "wrn16_1"),
+        ("fm", "imagenet", "resnet50", "resnet18"),  # the form for small images
     ],
 )
 def test_cells_without_published_values(cell: tuple[str, str, str, str]) -> None:

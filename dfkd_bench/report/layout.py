@@ -175,6 +175,8 @@ def _row(one: Group, references: _References) -> Row:
 def _published(name: str, record: Record) -> tuple[PublishedValue, ...]:
     if record.job.protocol == "smoke":  # small nets, small data: nothing to compare with
         return ()
+    if record.job.evaluate_on != "test":  # published numbers are of the test images
+        return ()
     return published(name, record.job.dataset, record.job.teacher.model, record.job.student)
 
 

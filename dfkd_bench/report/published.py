@@ -8,12 +8,16 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 
+from dfkd_bench.models import model_names
+
 NAMES: Mapping[str, tuple[str, ...]] = {
     "teacher": ("teacher", "teacher [cifar100 original]"),
     "scratch": ("student_scratch", "student_scratch [cifar100 original]", "Scratch"),
     "real_kd": ("KD_original_data", "KD_original_data [cifar100 original]", "KD-ORI"),
     "noise_kd": ("Normal noise",),
     "dafl": ("DAFL", "DAFL (batch 256)", "DAFL [data-free]"),
+    "dfad": ("DFAD",),
+    "dfnd": ("DFND",),
     "zskt": ("ZSKT", "ZSKT [data-free]"),
     "deepinv": ("DeepInv", "DeepInv-2k", "DeepInv (140K)", "DeepInv [data-free]", "ADI"),
     "dfq": ("DFQ", "DFQ [data-free]"),
@@ -75,10 +79,13 @@ def published(
     """All published values of a cell in the order of the CSV; none for a method, pair or data set not in it.
 
     Names match exactly: a value whose pair its source does not state belongs to no cell. A model's name here may end in
-    the data set that its form is for (``resnet50_imagenet``); the CSV says ``resnet50``.
+    the data set that its form is for (``resnet50_imagenet``); the CSV says ``resnet50`` and means that form, and no
+    value there is of another one.
     """
     names = NAMES.get(method, ())
-    teacher, student = (name.removesuffix(f"_{dataset}") for name in (teacher, student))  # resnet50_imagenet
+    if any(f"{name}_{dataset}" in model_names() for name in (teacher, student)):
+        return ()
+    teacher, student = (name.removesuffix(f"_{dataset}") for name in (teacher, student))
     return tuple(
         PublishedValue(
             value=float(row["value"]),
