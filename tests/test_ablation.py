@@ -6,6 +6,7 @@ import csv
 import io
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from math import inf
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -573,6 +574,13 @@ def built() -> ablation_table.AblationTable:
 
 def test_the_table_is_the_committed_one(built: ablation_table.AblationTable) -> None:
     assert ablation_table.to_text(built, 120) == GOLDEN.read_text(encoding="utf-8")
+
+
+def test_a_column_without_any_published_value_is_left_out() -> None:
+    chosen, rows = example()
+    bare = [replace(item, row=item.row.model_copy(update={"published": ()})) for item in rows]
+    keys = [[column.key for column in ablation_table.build(chosen, given).table.columns] for given in (rows, bare)]
+    assert [("published" in one) for one in keys] == [True, False]
 
 
 def test_markdown_has_every_verdict_and_the_rule(built: ablation_table.AblationTable) -> None:

@@ -19,7 +19,7 @@ from dfkd_bench.job import Job, ProtocolName, TeacherSpec
 from dfkd_bench.method import Schedule
 from dfkd_bench.record import Counters, MethodFacts, Point, Record, Score, TeacherFacts
 from dfkd_bench.report.groups import group
-from dfkd_bench.report.layout import Row
+from dfkd_bench.report.layout import Row, shortened
 from dfkd_bench.report.plots import accuracy_against_time, band
 from dfkd_bench.report.published import NAMES, distinct, published
 from dfkd_bench.report.statistics import interval, paired_difference
@@ -376,6 +376,25 @@ def noted(table: Table, start: str) -> str:
 
 def test_smoke_says_that_it_is_not_comparable(digits: Table) -> None:
     assert "not comparable with published numbers" in noted(digits, "protocol smoke, version 1")
+
+
+def test_the_number_of_common_seeds_is_said_once_where_all_have_the_same() -> None:
+    found = [cifar_run(method, seed, 90.0) for method in ("nayer", "fm", "cmi") for seed in (0, 1)]
+    note = noted(cifar10(*found), "difference to nayer")
+    assert note == "difference to nayer over common seeds, n = 2 [points]: fm +0.00 ± 0.00, cmi +0.00 ± 0.00"
+
+
+def test_one_thread_is_one_thread() -> None:
+    hardware = {"cpu": "Example CPU", "cores": 2, "threads": 1}
+    assert (
+        noted(cifar10(cifar_run("fm", hardware=hardware)), "hardware")
+        == "hardware: Example CPU, 2 cores, 1 thread a run"
+    )
+
+
+def test_a_long_reason_is_not_cut_within_a_command() -> None:
+    assert shortened("there is none: `make it so` makes one", 26) == "there is none: ..."
+    assert shortened("there is none: `make it so` makes one", 33) == "there is none: `make it so` ..."
 
 
 def test_differences_are_paired_over_common_seeds(digits: Table) -> None:

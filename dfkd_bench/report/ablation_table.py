@@ -15,7 +15,7 @@ from dfkd_bench.errors import UserError, unknown
 from dfkd_bench.record import Record
 from dfkd_bench.report import table as tables
 from dfkd_bench.report.groups import require_comparable
-from dfkd_bench.report.layout import CONCURRENT, UNCONFIRMED, Cited, Column, Row, Table
+from dfkd_bench.report.layout import CONCURRENT, TIMES_NOTE, UNCONFIRMED, Cited, Column, Row, Table, shortened
 from dfkd_bench.report.published import rows as published_rows
 from dfkd_bench.report.verdicts import RULE, Comparison, Effect, Finding, judge, level_of, machine, measured, scored
 
@@ -70,11 +70,11 @@ def build(ablation: Ablation, results: Sequence[RowRecords]) -> AblationTable:
     extra = tuple(_measure_columns(ablation, results))
     citations = tuple(tuple(references.in_words(claim.published)) for claim in ablation.claims)
     columns = {column.key: column for column in first.columns}
-    published = Column("published", "published", _published)
+    cited = [Column("published", "published", _published)] if any(row.published for row in rows) else []
     label = replace(columns["method"], name="row")
     table = Table(
         title=ablation.title,
-        columns=(label, columns["last"], *extra, published, *(columns[key] for key in _COLUMNS)),
+        columns=(label, columns["last"], *extra, *cited, *(columns[key] for key in _COLUMNS)),
         rows=tuple(rows),
         notes=tuple(_notes(ablation, results, records, rows)),
         references=references.texts(),
@@ -178,18 +178,14 @@ def describe_test(claim: Claim) -> str:
 def _row(item: RowRecords, part: Table | None, references: _References, seeds: int) -> Row:
     published = references.cite(item.row.published)
     if part is None:
-        remark = f"not run: {_short(item.missing)}" if item.missing else "not run yet"
+        remark = f"not run: {shortened(item.missing, _REASON_LENGTH)}" if item.missing else "not run yet"
         return Row(item.row.label, "method", None, None, published, remarks=(remark,))
     row = part.rows[-1]
     remarks = list(row.remarks)
     if len(item.records) < seeds:
-        why = f": {_short(item.missing)}" if item.missing else ""
+        why = f": {shortened(item.missing, _REASON_LENGTH)}" if item.missing else ""
         remarks.append(f"{len(item.records)} of {seeds} seeds were run{why}")
     return replace(row, label=item.row.label, section="method", published=published, remarks=tuple(remarks))
-
-
-def _short(reason: str) -> str:
-    return textwrap.shorten(reason, _REASON_LENGTH, placeholder=" ...")
 
 
 def _published(row: Row) -> tuple[str, ...]:
@@ -254,10 +250,7 @@ def _notes(
     machines = sorted({machine(record) for record in records if record.hardware})
     yield f"hardware: {'; '.join(machines)}"
     yield "last epoch: mean ± half-width of the Student-t 95 % interval over n seeds, none at n = 1"
-    yield (
-        "seconds are means and hold no evaluation; images: synthetic images made; MiB: peak memory (GPU allocator, or "
-        "resident on a CPU)"
-    )
+    yield TIMES_NOTE
     measures = {claim.measure for claim in ablation.claims}
     if "noisy_layer_bytes" in measures:
         yield "noisy MB: parameters of the noisy layers; gradients and Adam's state take three times as much again"

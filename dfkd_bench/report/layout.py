@@ -19,6 +19,11 @@ UNCONFIRMED, CONCURRENT = "†", "‡"
 PHASES = ("synthesis", "sampling", "distillation", "total")
 """Times of a row. The total holds the set-up, too, and not the evaluation."""
 
+TIMES_NOTE = (
+    "times are means; the total includes set-up and excludes evaluation; images: images put into the pool (0: the "
+    "method has none and makes new ones in each step); MiB: peak memory (GPU allocator, or resident on a CPU)"
+)
+
 _PROTOCOLS = {
     "smoke": "minutes on a CPU, not comparable with published numbers",
     "equal": "the same student training and generation cost for every method, its own losses",
@@ -130,13 +135,13 @@ def build(records: Sequence[Record], title: str, method_order: Sequence[str] = (
     )
 
 
-def accuracy(value: Interval | None, spread: bool = True) -> str:
-    """``91.20 ± 0.40``, without the interval where there is none, ``-`` without a value."""
+def accuracy(value: Interval | None, spread: bool = True, sign: str = "") -> str:
+    """``91.20 ± 0.40``, without the interval where there is none, ``-`` without a value. ``sign="+"``: a difference."""
     if value is None:
         return "-"
     if value.half_width is None or not spread:
-        return f"{value.mean:.2f}"
-    return f"{value.mean:.2f} ± {value.half_width:.2f}"
+        return f"{value.mean:{sign}.2f}"
+    return f"{value.mean:{sign}.2f} ± {value.half_width:.2f}"
 
 
 def _teacher_row(groups: Sequence[Group], references: _References) -> tuple[Row, ...]:
@@ -212,7 +217,17 @@ def _remarks(one: Group) -> Iterable[str]:
 
 def _because(record: Record) -> str:
     lines = (record.reason or "").strip().splitlines()
-    return ": " + textwrap.shorten(lines[0], _REASON_LENGTH, placeholder=" ...") if lines else ""
+    return ": " + shortened(lines[0], _REASON_LENGTH) if lines else ""
+
+
+def shortened(reason: str, length: int) -> str:
+    """``reason``, or of a longer one what fits: cut off between words, and never within a command in backticks.
+
+    >>> shortened("there is none: `make it so` makes one", 26)
+    'there is none: ...'
+    """
+    short = textwrap.shorten(reason, length, placeholder=" ...")
+    return short if short.count("`") % 2 == 0 else f"{short[: short.rindex('`')].rstrip()} ..."
 
 
 def _seeds(seeds: Sequence[int]) -> str:
@@ -283,10 +298,7 @@ def _notes(groups: Sequence[Group], rows: Sequence[Row]) -> Iterable[str]:
     yield f"best on {job.evaluate_on}: mean of each run's best epoch, selected on the {job.evaluate_on} set{alike}"
     yield f"seeds are paired across methods; seeds: {_by_value(groups, _seed_list(groups))}"
     yield from _differences(groups)
-    yield (
-        "times are means; the total holds the set-up and no evaluation; images: synthetic images made; "
-        "MiB: peak memory (GPU allocator, or resident on a CPU)"
-    )
+    yield TIMES_NOTE
     methods = [one for one in groups if not one.is_control]
     if methods:
         yield f"origin of the settings: {_by_value(methods, _origin, always=True)}"
@@ -317,14 +329,19 @@ def _warnings(groups: Sequence[Group], rows: Sequence[Row]) -> Iterable[str]:
 def _differences(groups: Sequence[Group]) -> Iterable[str]:
     """Every method against the first one, over common seeds: paired, so narrower than two intervals."""
     methods = [one for one in groups if not one.is_control]
-    parts = [
-        f"{other.label} {difference.mean:+.2f} ± {difference.half_width:.2f} (n = {difference.n})"
+    found = [
+        (other.label, paired_difference(other.last(), methods[0].last()))
         for other in methods[1:]
         if len(other.last().keys() & methods[0].last().keys()) > 1
-        if (difference := paired_difference(other.last(), methods[0].last())).half_width is not None
+    ]
+    counts = {difference.n for _, difference in found}
+    parts = [
+        f"{label} {accuracy(difference, sign='+')}" + (f" (n = {difference.n})" if len(counts) > 1 else "")
+        for label, difference in found
     ]
     if parts:
-        yield f"difference to {methods[0].label} over common seeds [points]: {', '.join(parts)}"
+        n = f", n = {counts.pop()}" if len(counts) == 1 else ""
+        yield f"difference to {methods[0].label} over common seeds{n} [points]: {', '.join(parts)}"
 
 
 def _by_value(groups: Sequence[Group], fact: Callable[[Record], str], always: bool = False) -> str:
@@ -354,5 +371,11 @@ def _origin(record: Record) -> str:
 def _machine(record: Record) -> str:
     facts = record.hardware
     names = [str(facts[name]) for name in ("gpu", "cpu") if facts.get(name)]
-    counts = [f"{facts[name]} {name}" for name in ("cores", "threads") if name in facts]
-    return ", ".join(names + counts) or str(facts.get("device", "not recorded"))
+    counts = [f"{facts['cores']} core{'s' * (facts['cores'] != 1)}"] if "cores" in facts else []
+    return ", ".join([*names, *counts, *threads(record)]) or str(facts.get("device", "not recorded"))
+
+
+def threads(record: Record) -> list[str]:
+    """``2 threads a run``, if that is known."""
+    number = record.hardware.get("threads")
+    return [] if number is None else [f"{number} thread{'s' * (number != 1)} a run"]

@@ -16,6 +16,7 @@ from typing import Literal
 
 from dfkd_bench.ablation import COSTS, Claim, Measure, RowRecords
 from dfkd_bench.record import Record
+from dfkd_bench.report.layout import threads
 from dfkd_bench.report.statistics import interval
 
 Outcome = Literal["supported", "not supported", "undecided"]
@@ -120,7 +121,8 @@ def measured(record: Record, measure: Measure, level: float | None = None) -> Me
 def machine(record: Record) -> str:
     """What times depend on: device, processor, threads, and how many runs shared it."""
     facts = record.hardware
-    counts = [f"{facts[name]} {name}" for name in ("threads", "workers") if name in facts]
+    workers = facts.get("workers")
+    counts = [*threads(record), *([] if workers is None else [f"{workers} run{'s' * (workers != 1)} at a time"])]
     names = [str(facts[name]) for name in ("device", "gpu", "cpu") if facts.get(name)]
     return ", ".join(names + counts) or "not recorded"
 
