@@ -29,6 +29,9 @@ def _listed(names: str) -> tuple[str, ...]:
 
 FASHION_MNIST = _listed("T-shirt/top Trouser Pullover Dress Coat Sandal Shirt Sneaker Bag Ankle_boot")
 
+AS_WRITTEN = {"t shirt/top": "T-shirt/top"}
+"""Clean names that are hard to read, as their data set writes them: for figures."""
+
 CIFAR10 = _listed("airplane automobile bird cat deer dog frog horse ship truck")
 
 CIFAR100 = _listed(

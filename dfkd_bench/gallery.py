@@ -9,8 +9,9 @@ from statistics import fmean
 import numpy as np
 from safetensors import SafetensorError
 
+from dfkd_bench.class_names import AS_WRITTEN
 from dfkd_bench.data import DataSet
-from dfkd_bench.diversity import KEPT_CLASSES, evenly_spaced
+from dfkd_bench.diversity import KEPT_CLASSES, SAMPLE, evenly_spaced
 from dfkd_bench.errors import UserError
 from dfkd_bench.paths import home
 from dfkd_bench.record import Record
@@ -74,7 +75,7 @@ def gallery(
     if not seeds:
         raise UserError(advice or "there are only controls with real data: name a method that makes images")
     real = _real_block(groups, dataset, classes, data_root)
-    names = dict(zip(range(dataset.num_classes), dataset.class_names, strict=True))
+    names = [AS_WRITTEN.get(name, name) for name in dataset.class_names]
     draw([real, *blocks], {number: names[number] for number in classes}, path, title, _notes(groups, dataset, seeds))
     return path, (advice,) if advice else ()
 
@@ -146,8 +147,8 @@ def _notes(groups: Sequence[Group], dataset: DataSet, seeds: dict[str, int]) -> 
     n = max(len(one.scored) for one in groups)
     mean = f"mean of {n} seeds; ± half-width of the 95 % interval" if n > 1 else "one seed"
     return [
-        f"{columns} Images as the student gets them, without the data set's augmentation, drawn at random, {seed}; "
-        "gray: the teacher names the class less often.",
+        f"{columns} Images as the student gets them, without the data set's augmentation, drawn at random, {seed}; a "
+        f"gray field: of the images looked at (up to {SAMPLE:,}), the teacher gives fewer than {PER_CELL} this class.",
         f"Below the names: last-epoch accuracy, {mean}. At the right, in the teacher's features: mean distance of "
         "images within and between classes over that of held-out real images, and the share of these that is covered"
         f"{first}.",

@@ -639,6 +639,12 @@ def test_a_figure_of_rows(tmp_path: Path) -> None:
     assert text.count("no value") == 3  # row c, in each of three panels
 
 
+def test_a_figure_of_rows_says_of_what_it_is_and_what_is_drawn(tmp_path: Path) -> None:
+    text = ablation_figure.draw(*example(), tmp_path / "rows.svg").read_text(encoding="utf-8")
+    assert "<!-- digits, convnet16:convnet8, n = 3 -->" in text
+    assert "<!-- bars: 95 % interval, dots: seeds -->" in text
+
+
 def test_a_figure_of_a_sweep(tmp_path: Path) -> None:
     rows = [
         row(

@@ -12,14 +12,14 @@ import pytest
 import torch
 from PIL import Image
 
-from dfkd_bench import cli, data, gallery, plugins, teachers
+from dfkd_bench import class_names, cli, data, gallery, plugins, teachers
 from dfkd_bench.compute import Compute
 from dfkd_bench.diversity import KEPT_CLASSES, evenly_spaced
 from dfkd_bench.errors import UserError
 from dfkd_bench.paths import HOME_VARIABLE
 from dfkd_bench.record import Record
 from dfkd_bench.report import diversity, table
-from dfkd_bench.report.gallery import Block, draw
+from dfkd_bench.report.gallery import Block, _head, draw
 from dfkd_bench.run import Place, run
 from dfkd_bench.runfolder import IMAGES, kept_images
 from dfkd_bench.suite import expand, make_suite
@@ -134,6 +134,11 @@ def test_images_that_are_not_at_hand_leave_a_row_and_one_line(ran: Ran, elsewher
     assert [block.images is None for block in drawn] == [False, False, True]
     assert len(advice) == 1
     assert "no images of nayer are at hand" in advice[0]
+
+
+def test_a_class_is_called_as_its_data_set_writes_it() -> None:
+    assert "t shirt/top" in class_names.FASHION_MNIST
+    assert _head(class_names.AS_WRITTEN["t shirt/top"]) == ["T-shirt/top"]
 
 
 def test_damaged_images_are_one_line_that_names_the_file(home: Path) -> None:

@@ -585,6 +585,16 @@ def test_a_dollar_sign_begins_no_formula(tmp_path: Path) -> None:
     assert path.stat().st_size > 1000
 
 
+def test_a_plot_says_what_its_bands_and_times_are(tmp_path: Path) -> None:
+    found = [run("fm", seed, 90.0 + seed, synthesis=599) for seed in (0, 1)]  # and other phases: above ten minutes
+    text = accuracy_against_time(found, tmp_path / "curve.svg").read_text(encoding="utf-8")
+    assert "<!-- bands: lowest to highest seed -->" in text
+    assert "time without evaluation [minutes]" in text
+    short = accuracy_against_time([run("fm", 0, synthesis=590)], tmp_path / "short.svg").read_text(encoding="utf-8")
+    assert "time without evaluation [seconds]" in short
+    assert "lowest to highest" not in short
+
+
 def test_plot_refuses_an_unknown_suffix(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="expected a name that ends in"):
         accuracy_against_time(fixture_records(), tmp_path / "curve.doc")

@@ -23,7 +23,7 @@ from dfkd_bench.benchmarks import speed as command
 from dfkd_bench.errors import UserError
 from dfkd_bench.method import Batch, Method, Progress, Schedule, Task
 from dfkd_bench.optimise import build_optimizer
-from dfkd_bench.speed import bench, measure, peak, plain, profiling, released_manner, report, timing, values
+from dfkd_bench.speed import bench, figure, measure, peak, plain, profiling, released_manner, report, timing, values
 from dfkd_bench.speed.values import Machine, Peak
 
 CPU = torch.device("cpu")
@@ -387,9 +387,9 @@ def test_the_plain_forms_weights_are_gone_before_ours_is_measured(
 
 
 def test_json_comes_back_as_it_was(measured: values.Speed, tmp_path: Path) -> None:
-    path, figure = report.write(measured, tmp_path)
+    path, picture = report.write(measured, tmp_path)
     assert values.read(path) == measured
-    assert figure.read_bytes().startswith(b"\x89PNG")
+    assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 def test_json_names_the_hardware(measured: values.Speed) -> None:
@@ -456,3 +456,11 @@ def test_the_command_prints_tables_and_writes_both_files(
     assert (code, err) == (0, "")
     assert "student step with batch" in out
     assert sorted(path.suffix for path in (tmp_path / "speed").iterdir()) == [".json", ".png"]
+
+
+def test_the_figure_says_each_form_s_precision(tmp_path: Path) -> None:
+    kept, *_ = sorted((Path(__file__).parents[1] / "results" / "speed").glob("*_bf16.json"))
+    speed = values.read(kept)
+    lines = figure.draw(speed, tmp_path / "speed.svg").read_text(encoding="utf-8").splitlines()
+    said = [line.strip(" <!->") for line in lines if line.strip().startswith("<!--")]
+    assert [said[said.index(label) + 1] for label in figure.LABELS.values()] == ["bf16", "fp32", "fp32"]

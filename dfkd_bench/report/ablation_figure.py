@@ -30,13 +30,21 @@ def draw(ablation: Ablation, results: Sequence[RowRecords], path: Path) -> Path:
     records = [record for item in results for record in item.records]
     teacher = next((record.teacher.accuracy for record in records if record.teacher), None)
     accuracy = f"{ablation.evaluate_on} accuracy [%]"
+    title = f"{ablation.title}\n{ablation.dataset}, {ablation.pair}, {_seeds(results)}"
     if ablation.axis is not None:
         setting = ablation.axis.replace("_", " ")
-        return sweep(_curves(results, ablation.axis), path, setting, accuracy, ablation.title, teacher)
+        spread = f"{accuracy}\nbands: lowest to highest seed"
+        return sweep(_curves(results, ablation.axis), path, setting, spread, title, teacher)
     last = {item.row.label: [run.last.accuracy for run in scored(item).values() if run.last] for item in results}
     named = accuracy if teacher is None else f"{accuracy}, dashed: teacher"
     panels = [Panel(named, last, teacher), *_panels(ablation, results)]
-    return dots([item.row.label for item in results], panels[:3], path, ablation.title)
+    return dots([item.row.label for item in results], panels[:3], path, title)
+
+
+def _seeds(results: Sequence[RowRecords]) -> str:
+    """``n = 5``, or ``n = 3 to 5`` where rows differ."""
+    counts = sorted({len(found) for item in results if (found := scored(item))})
+    return f"n = {counts[0]}" if len(counts) == 1 else f"n = {counts[0]} to {counts[-1]}" if counts else "n = 0"
 
 
 def _curves(results: Sequence[RowRecords], axis: str) -> dict[str, dict[float, list[float]]]:

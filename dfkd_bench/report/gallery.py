@@ -153,7 +153,8 @@ def _picture(image: np.ndarray) -> tuple[np.ndarray, str]:
 
 def _head(name: str) -> list[str]:
     """A class name in up to three lines, the first of its synonyms; words stay whole."""
-    lines = textwrap.wrap(name.partition(",")[0], 9, break_long_words=False, max_lines=3, placeholder=" ...")
+    first = name.partition(",")[0]
+    lines = textwrap.wrap(first, 9, break_long_words=False, break_on_hyphens=False, max_lines=3, placeholder=" ...")
     return [line if len(line) <= 13 else line[:12] + "." for line in lines] or [""]
 
 

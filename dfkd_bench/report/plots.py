@@ -30,7 +30,7 @@ _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
 
 _DASHES = ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (5, 1, 1, 1)))
 _GREYS = ("#555555", "#888888", "#aaaaaa")
-_UNITS = ((2 * 3600.0, 3600.0, "hours"), (2 * 60.0, 60.0, "minutes"), (0.0, 1.0, "seconds"))
+_UNITS = ((2 * 3600.0, 3600.0, "hours"), (10 * 60.0, 60.0, "minutes"), (0.0, 1.0, "seconds"))
 STYLE: Any = {
     "font.size": 8,
     "axes.titlesize": 8,
@@ -142,7 +142,7 @@ def dots(labels: Sequence[str], panels: Sequence[Panel], path: Path, title: str 
     """
     if not any(values for panel in panels for values in panel.values.values()):
         raise UserError("no finished run: nothing to draw; see the table for the reasons")
-    size = (SIZE[0] + 1.6 * (len(panels) - 1), 0.9 + 0.2 * max(3, len(labels)))
+    size = (SIZE[0] + 1.6 * (len(panels) - 1), 1.2 + 0.2 * max(3, len(labels)))
     with new_figure(path, size) as figure:
         every = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
         for axes, panel, colour in zip(every, panels, _COLOURS, strict=False):
@@ -151,6 +151,7 @@ def dots(labels: Sequence[str], panels: Sequence[Panel], path: Path, title: str 
         every[0].set_ylim(len(labels) - 0.5, -0.5)
         if title:
             figure.suptitle(title, fontsize=STYLE["axes.titlesize"], x=0.01, ha="left")
+        figure.supxlabel("bars: 95 % interval, dots: seeds", fontsize=STYLE["legend.fontsize"], color=_GREYS[0])
     return path
 
 
@@ -281,7 +282,9 @@ def _draw(axes: Axes, curves: Sequence[tuple[Group, Band]], crowded: bool) -> No
         axes.set_xlim(left=0)
     job = curves[0][0].records[0].job
     axes.set_xlabel(f"time without evaluation [{unit}], {job.protocol} protocol")
-    axes.set_ylabel(f"{job.evaluate_on} accuracy [%]")
+    several = any(len(_with_curve(one)) > 1 for one, _ in curves)
+    spread = f"\n{'bars' if crowded else 'bands'}: lowest to highest seed" if several else ""
+    axes.set_ylabel(f"{job.evaluate_on} accuracy [%]{spread}")
     axes.grid(True, color="#e5e5e5", linewidth=0.5)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)

@@ -36,7 +36,7 @@ def draw(speed: Speed, path: Path) -> Path:
             there = {form: cell for form, cell in cells.items() if cell}
             for index, (form, cell) in enumerate(there.items()):
                 left = place + 0.26 * (index - (len(there) - 1) / 2)
-                label = LABELS[form] if form not in used else None
+                label = f"{LABELS[form]}\n{cell.precision}" if form not in used else None
                 used.add(form)
                 axes.bar(left, cell.seconds / unit, 0.24, color=FORMS[form], label=label)
                 _write_above(axes, left, cell.seconds / unit, cell.seconds / row.ours.seconds, form == "ours")
@@ -66,4 +66,4 @@ def _title(speed: Speed) -> str:
     sizes = f"batch {speed.batch}" if speed.batch == speed.synthesis_batch else (
         f"batches {speed.batch} and {speed.synthesis_batch}"
     )  # fmt: skip
-    return f"{speed.method}, {teacher} to {student}, {side}x{side}, {sizes}\n{where}, {speed.precision}"
+    return f"{speed.method}, {teacher} to {student}, {side}x{side}, {sizes}\n{where}"
