@@ -104,11 +104,11 @@ def main() -> None:
     """The command of the module's docstring."""
     summary = (__doc__ or "").split("\n")[0]
     parser = argparse.ArgumentParser(prog="python -m dfkd_bench.benchmarks.precision", description=summary)
-    parser.add_argument("--dataset", required=True)
-    parser.add_argument("--methods", required=True)
-    parser.add_argument("--seeds", default="0-19")
-    parser.add_argument("--margin", type=float, default=1.0, help="points of accuracy")
-    parser.add_argument("--output", type=Path, default=Path("results"))
+    parser.add_argument("--dataset", required=True, help="data set, or folder:PATH")
+    parser.add_argument("--methods", required=True, help="comma list")
+    parser.add_argument("--seeds", default="0-19", help="default: %(default)s")
+    parser.add_argument("--margin", type=float, default=1.0, help="points of accuracy; default: 1")
+    parser.add_argument("--output", type=Path, default=Path("results"), help="default: %(default)s")
     arguments = parser.parse_args()
     try:
         if arguments.margin <= 0:

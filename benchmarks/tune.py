@@ -187,13 +187,17 @@ def tune(
 def main() -> None:
     """The command of the module's docstring."""
     parser = argparse.ArgumentParser(prog="python -m dfkd_bench.benchmarks.tune", description=__doc__.split("\n")[0])
-    parser.add_argument("--dataset", required=True)
-    parser.add_argument("--methods", required=True)
-    parser.add_argument("--protocol", choices=["smoke", "equal"], default="smoke")
-    parser.add_argument("--trials", type=int, default=8)
-    parser.add_argument("--finalists", type=int, default=2)
-    parser.add_argument("--seeds", default=f"{FIRST_SEED}-{FIRST_SEED + 1}")
-    parser.add_argument("--output", type=Path, default=Path("results"))
+    parser.add_argument("--dataset", required=True, help="data set, or folder:PATH")
+    parser.add_argument("--methods", required=True, help="comma list, or all")
+    parser.add_argument(
+        "--protocol", choices=["smoke", "equal"], default="smoke", help="smoke: settings; equal: learning rates"
+    )
+    parser.add_argument("--trials", type=int, default=8, help="settings that are tried, a method; default: 8")
+    parser.add_argument("--finalists", type=int, default=2, help="trials that run with all seeds; default: 2")
+    parser.add_argument(
+        "--seeds", default=f"{FIRST_SEED}-{FIRST_SEED + 1}", help="the first for all; default: %(default)s"
+    )
+    parser.add_argument("--output", type=Path, default=Path("results"), help="default: %(default)s; trials/ is in it")
     arguments = parser.parse_args()
     try:
         seeds = parse_seeds(arguments.seeds)

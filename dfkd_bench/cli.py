@@ -227,7 +227,7 @@ def ablate(
     work: WorkOptions,
     quiet: Quiet = False,
 ) -> None:
-    """Run an ablation's rows and print its table with a verdict on each claim. What is left is done, no run twice."""
+    """Run an ablation's rows and print its table with a verdict on each claim. Only what is left is run."""
     from dfkd_bench import listing
 
     again = _rerun(work.rerun)
@@ -276,7 +276,7 @@ def list_(
     kind: Annotated[str, typer.Argument(help="methods, datasets, models, encoders or suites.")],
     plugin: PluginFiles = None,
 ) -> None:
-    """List what can be named. Nothing of it is imported."""
+    """List what can be named: methods, data sets, models, text encoders, or suites and ablations."""
     from dfkd_bench import listing
 
     if kind not in listing.KINDS:
@@ -342,7 +342,9 @@ def encode(
     figure: Annotated[Path | None, typer.Option(help="A .png, .svg or .pdf file; default: beside the matrix.")] = None,
     data_root: DataRoot = None,
     plugin: PluginFiles = None,
-    verbose: Verbose = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Nearest classes of all classes, not of 20.")
+    ] = False,
     quiet: Quiet = False,
 ) -> None:
     """Ask a text encoder for label-text embeddings, write them, and describe them in numbers and a figure."""
@@ -412,7 +414,7 @@ def teacher_list() -> None:
 
 @teacher_app.command("verify")
 def teacher_verify(
-    name: Annotated[str | None, typer.Argument(help="A teacher's name from `teacher list`; default: all.")] = None,
+    name: Annotated[str | None, typer.Argument(help="A name of `teacher list` or its beginning; default: all.")] = None,
     data_root: DataRoot = None,
     plugin: PluginFiles = None,
 ) -> None:

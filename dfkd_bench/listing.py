@@ -96,7 +96,7 @@ def encoders(found: Plugins) -> RenderableType:
 
     table = _table("encoder", "what it is")
     for name in (*encoder_names(), *sorted(found.encoders)):
-        table.add_row(name, encoder_title(name, found.encoders))
+        table.add_row(name, encoder_title(name, found.encoders).replace("`", ""))
     return table
 
 

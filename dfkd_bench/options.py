@@ -26,15 +26,23 @@ InitImages = Annotated[
 ]
 Controls = Annotated[bool, typer.Option("--controls/--no-controls", help="Rows of scratch, real and noise KD.")]
 PluginFiles = Annotated[list[Path] | None, typer.Option("--plugin", help="A Python file; can be repeated.")]
-DataRoot = Annotated[Path | None, typer.Option(help="Where raw data sets are; default: $DFKD_BENCH_DATA.")]
+DataRoot = Annotated[
+    Path | None,
+    typer.Option(help="Where raw data sets are; default: $DFKD_BENCH_DATA, else data/raw in the home folder."),
+]
 Output = Annotated[
     Path, typer.Option("--output", "-o", envvar="DFKD_BENCH_RESULTS", help="Records, tables and figures go here.")
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
-PrecisionName = Annotated[str, typer.Option(help="auto, fp32 or bf16.")]
+PrecisionName = Annotated[
+    str,
+    typer.Option(
+        help="auto, fp32 or bf16; auto: bf16 where the hardware has it and images are at least 16 pixels wide."
+    ),
+]
 SplitName = Annotated[str, typer.Option("--split", help="Evaluate on test, or on validation to choose settings.")]
 FigureFile = Annotated[Path | None, typer.Option(help="A .png, .svg or .pdf file; default: OUTPUT/figures/.")]
-Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say more.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Name the file of every record.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress; the result only.")]
 
 DEFAULT_OUTPUT = Path("dfkd-results")
@@ -97,8 +105,11 @@ class AblationOptions(TableOptions):
 class WorkOptions:
     """How the work is done that is left of a table: of ``run`` and ``ablate``."""
 
-    workers: Annotated[int | None, typer.Option(min=1, help="Processes at a time; default: one a device.")] = None
-    rerun: Annotated[str, typer.Option(help="Also do again what is: failed, stale.")] = ""
+    workers: Annotated[
+        int | None,
+        typer.Option(min=1, help="Processes at a time; default: one a GPU; on a CPU one a core for smoke, else one."),
+    ] = None
+    rerun: Annotated[str, typer.Option(help="Run again what failed, is stale, or both: failed,stale.")] = ""
     deterministic: Annotated[bool, typer.Option(help="Deterministic GPU kernels (the CPU always is).")] = False
     dry_run: Annotated[bool, typer.Option("--dry-run", help="The same as `plan`.")] = False
 

@@ -285,6 +285,7 @@ def test_list(kind: str, names: list[str], command: Command) -> None:
     ended = command("list", kind)
     assert (ended.code, ended.err) == (0, "")
     assert set(names) <= {line.split()[0] for line in ended.out.splitlines() if line}
+    assert "``" not in ended.out  # a docstring's markup
 
 
 def test_every_kind_is_listed_here() -> None:

@@ -77,6 +77,7 @@ def test_the_wheel_names_licence_and_oldest_python(wheel: zipfile.ZipFile) -> No
     assert "License-Expression: Apache-2.0" in metadata
     assert "Requires-Python: >=3.11" in metadata
     assert "Apache License" in text_of(wheel, "/LICENSE")
+    assert "WordNet" in text_of(wheel, "/licenses/dfkd_bench/embeddings/WORDNET-LICENSE.txt")
 
 
 def test_the_wheel_runs_where_the_checkout_is_not(wheel: zipfile.ZipFile, tmp_path: Path) -> None:
