@@ -369,14 +369,14 @@ def test_equal_seeds_make_equal_images(make_task: Callable[..., Task], student: 
 
 # -- Settings -------------------------------------------------------------------------------------------------------
 
-# key: epochs, images a batch, weight of the competition
+# key: epochs, images a batch, weight of the competition, temperature (the newest scripts train at 1)
 SCRIPTS = {
-    "cifar10/wrn40_2:wrn16_1": (200, 256, 1),
-    "cifar10/wrn40_2:wrn16_2": (250, 256, 1),
-    "cifar10/wrn40_2:wrn40_1": (250, 256, 1),
-    "cifar10/resnet34:resnet18": (250, 256, 0),
-    "cifar10/vgg11:resnet18": (250, 512, 0),
-    "cifar100/resnet34:wrn40_1": (400, 256, 1),
+    "cifar10/wrn40_2:wrn16_1": (200, 256, 1, 20),
+    "cifar10/wrn40_2:wrn16_2": (250, 256, 1, 20),
+    "cifar10/wrn40_2:wrn40_1": (250, 256, 1, 20),
+    "cifar10/resnet34:resnet18": (250, 256, 0, 1),
+    "cifar10/vgg11:resnet18": (250, 512, 0, 1),
+    "cifar100/resnet34:wrn40_1": (400, 256, 1, 1),
 }
 
 
@@ -384,9 +384,9 @@ SCRIPTS = {
 def test_published_settings(key: str) -> None:
     published = DeepInversion.published[key]
     schedule, config = published.schedule, DeepInversionConfig(**published.config)
-    assert (schedule.epochs, schedule.batch_size, config.adversarial) == SCRIPTS[key]
+    assert (schedule.epochs, schedule.batch_size, config.adversarial, config.temperature) == SCRIPTS[key]
     assert config.synthesis_batch_size == schedule.batch_size
-    assert (config.pixel_steps, config.pixel_lr, config.temperature) == (1000, 0.1, 20)
+    assert (config.pixel_steps, config.pixel_lr) == (1000, 0.1)
     assert (config.batchnorm, config.onehot, config.variation, config.l2) == (10, 1, 1e-3, 0)
     assert (config.student_batchnorm, config.bounded_competition, config.select) == (0, False, "last")
     assert (schedule.warmup_epochs, schedule.rounds_per_epoch, schedule.student_steps) == (0, 1, 400)
