@@ -2,11 +2,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dfkd_bench.compute import Compute
 from dfkd_bench.models import build_model
-from dfkd_bench.teach import folded, teaching
+from dfkd_bench.teach import OnePass, folded, has_one_pass_kernels, in_one_pass, teaching
 
 CPU = torch.device("cpu")
 
@@ -49,6 +50,104 @@ def test_batchnorms_behind_a_convolution_are_folded(name: str, left: int) -> Non
     copy = folded(trained(name))
     assert copy is not None
     assert sum(isinstance(module, nn.BatchNorm2d) for module in copy.modules()) == left
+
+
+one_pass_kernels = pytest.mark.skipif(not has_one_pass_kernels(), reason="this PyTorch has no oneDNN")
+
+
+def both(network: nn.Module, x: Tensor) -> tuple[nn.Module, Tensor, Tensor]:
+    """``network`` in one pass, and what it and the folded one make of ``x``."""
+    first, second = folded(network), folded(network)
+    assert first is not None
+    assert second is not None
+    once = in_one_pass(second)
+    with torch.no_grad():
+        return once, once(x.bfloat16()).float(), first(x.bfloat16()).float()
+
+
+@one_pass_kernels
+@pytest.mark.parametrize("name", ["convnet8", "convnet16"])
+def test_a_relu_in_the_same_pass_changes_no_bit(name: str) -> None:
+    _, once, plain = both(trained(name), images())
+    assert torch.equal(once, plain)
+
+
+@one_pass_kernels
+@pytest.mark.parametrize("name", ["wrn16_1", "resnet18"])
+def test_sums_in_the_same_pass_are_rounded_once_less(name: str) -> None:
+    teacher = trained(name)
+    exact = teacher(images())
+    _, once, plain = both(teacher, images())
+    assert (once - exact).abs().mean() < 1.5 * (plain - exact).abs().mean()
+
+
+@one_pass_kernels
+@pytest.mark.parametrize(("name", "passes"), [("convnet8", 3), ("wrn16_1", 19), ("resnet18", 17)])
+def test_convolutions_take_along_what_follows_them(name: str, passes: int) -> None:
+    """WRN-16-1: seven BatchNorms with a ReLU, six first and six second convolutions of blocks. ResNet-18: all 3x3."""
+    once, *_ = both(trained(name), images())
+    assert sum(isinstance(module, OnePass) for module in once.modules()) == passes
+
+
+class Small(nn.Module):
+    """One convolution and what a subclass does with it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv = nn.Conv2d(3, 3, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class UsedTwice(Small):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        return F.relu(y) - y
+
+
+class Doubled(Small):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        return y + y
+
+
+class Shifted(Small):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x) + 1.5
+
+
+class Reflected(Small):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv.padding_mode = "reflect"
+        self.conv._reversed_padding_repeated_twice = [1, 1, 1, 1]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.conv(x))
+
+
+@one_pass_kernels
+@pytest.mark.parametrize("network", [UsedTwice, Doubled, Shifted, Reflected])
+def test_what_one_pass_can_not_do_stays_as_it_is(network: type[Small]) -> None:
+    once, now, plain = both(network().eval().requires_grad_(False), images())
+    assert not any(isinstance(module, OnePass) for module in once.modules())
+    assert torch.equal(now, plain)
+
+
+class Branches(Small):
+    """A sum of two convolutions, then a ReLU that works in place."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.conv(x) + self.conv(x.flip(3)), inplace=True)
+
+
+@one_pass_kernels
+def test_of_two_convolutions_in_a_sum_one_takes_the_other_along() -> None:
+    once, now, plain = both(Branches().eval().requires_grad_(False), images())
+    assert sum(isinstance(module, OnePass) for module in once.modules()) == 1
+    torch.testing.assert_close(now, plain, rtol=0.02, atol=0.02)
 
 
 def test_the_teacher_itself_stays_as_it_is() -> None:
