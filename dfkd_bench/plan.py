@@ -63,12 +63,30 @@ def make_plan(
     hashes = {name: found.source(name).source_sha256() for name in {job.method for job in jobs}}
     planned = tuple(_where_it_stands(job, output, hashes[job.method]) for job in jobs)
     left = Plan(suite, planned, ()).to_run()
-    return Plan(suite, planned, _missing_teachers(left, dataset))
+    return Plan(suite, planned, _missing_teachers(left, dataset, output))
 
 
-def _missing_teachers(jobs: Sequence[Job], dataset: data.DataSet) -> tuple[TeacherSpec, ...]:
-    specs = {job.teacher.model_dump_json(): job.teacher for job in jobs}
-    return tuple(spec for spec in specs.values() if not teachers.is_at_hand(dataset, spec))
+def _missing_teachers(jobs: Sequence[Job], dataset: data.DataSet, output: Path) -> tuple[TeacherSpec, ...]:
+    return tuple(spec for spec in _teachers_of(jobs) if not teachers.is_at_hand(dataset, spec, output))
+
+
+def _teachers_of(jobs: Sequence[Job]) -> list[TeacherSpec]:
+    return list({job.teacher.model_dump_json(): job.teacher for job in jobs}.values())
+
+
+def _one_teacher(jobs: Sequence[Job], kept: Sequence[Planned], dataset: data.DataSet, output: Path) -> None:
+    """Refuse, before the runs and not in the table after them, what can't stand beside the records that stay."""
+    for spec in _teachers_of(jobs):
+        place = teachers.find(dataset, spec, output)
+        now = teachers.read_card(place)
+        facts = [item.record.teacher for item in kept if item.record and item.job.teacher == spec]
+        others = [fact.sha256[:12] for fact in facts if fact is not None and fact.sha256 != now.sha256]
+        if others:
+            raise UserError(
+                f"{len(others)} of this table's records in {output} were made with another {spec.model} (sha256 "
+                f"{others[0]}) than the one at hand ({now.sha256[:12]}), and no table mixes them: put theirs in "
+                f"{teachers.folder(dataset, spec, output)}, or give another --output"
+            )
 
 
 def _where_it_stands(job: Job, output: Path, source_sha256: str) -> Planned:
@@ -113,10 +131,13 @@ def carry_out(
         report(Step("data", dataset.name, 0, 1))
         for split in data.SPLITS:
             dataset.split(split, place.data_root)
-        missing = _missing_teachers(jobs, dataset)
+        missing = _missing_teachers(jobs, dataset, place.output)
         tasks = [local.TeacherTask(dataset.name, spec, jobs[0].precision) for spec in missing]
         names, equal = [f"teacher {task.spec.model}" for task in tasks], [1 / len(tasks) for _ in tasks]
         local.train_teachers(tasks, place, devices, _listener("teachers", names, equal, report))
+        _one_teacher(jobs, [item for item in plan.planned if item.state not in rerun], dataset, place.output)
+        for spec in _teachers_of(jobs):
+            teachers.keep_beside(dataset, spec, place.output)
         for item in plan.planned:  # a record that is made anew must not be taken for the old one if the run dies
             path = record.record_path(place.output, item.job)
             if item.state in rerun and path.is_file() and record.read(path) == item.record:  # else another made it

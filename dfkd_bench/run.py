@@ -156,13 +156,13 @@ class _Run:
         self.dataset = data.dataset(job.dataset, place.data_root, found.datasets)
         self.normalize = Normalize(self.dataset.mean, self.dataset.std, self.device)
         # The run's own files and the teacher's weights are no data.
-        own = [folder.path, place.output / "records", home() / "teachers"]
+        own = [folder.path, place.output / "records", place.output / "teachers", home() / "teachers"]
         # Not the whole data root: Python itself may lie somewhere below it.
         raw, root = self.dataset.raw, data_root(place.data_root)
         raw_files = [path for file in (*raw.train, *raw.test) for path in raw.candidates(root, file)]
         self.watch = FileWatch([self.dataset.folder, home() / "data", *raw_files], ignored=own)
         with self.watch.on():
-            self.teacher = teachers.load(self.dataset, job.teacher, self.device, found.models)
+            self.teacher = teachers.load(self.dataset, job.teacher, self.device, found.models, place.output)
             self.held_out = teachers.labelled(self.dataset, (job.evaluate_on,), place.data_root, self.device)
         self.compute.place(self.teacher.model)
         self.teach = teaching(self.teacher.model, self.compute)

@@ -69,18 +69,42 @@ class TrainingProgress:
     loss: float
 
 
-def folder(dataset: DataSet, spec: TeacherSpec) -> Path:
-    """Where a teacher is kept: the spec decides, so that equal specs share one teacher. Where the data set's name does
-    not fix its images, their digest decides with it."""
+def folder(dataset: DataSet, spec: TeacherSpec, root: Path | None = None) -> Path:
+    """Where below ``root``, by default the home, a teacher is kept: the spec decides, so that equal specs share one
+    teacher. Where the data set's name does not fix its images, their digest decides with it."""
     name = spec.sha256[:8] if spec.sha256 else digest(spec.model_dump(mode="json"))[:8]
     if dataset.content is not None:
         name = digest([name, dataset.content])[:8]
-    return home() / "teachers" / record.safe_name(dataset.name) / f"{spec.model}-{name}"
+    return (root or home()) / "teachers" / record.safe_name(dataset.name) / f"{spec.model}-{name}"
 
 
-def is_at_hand(dataset: DataSet, spec: TeacherSpec) -> bool:
-    """Whether the teacher exists already."""
-    return (folder(dataset, spec) / "teacher.json").is_file()
+def find(dataset: DataSet, spec: TeacherSpec, output: Path | None = None) -> Path:
+    """The folder of the teacher for runs whose records go to ``output``; it may not be there yet.
+
+    The one that lies beside the records comes first: another kind of CPU trains another teacher from the same spec, and
+    runs with different teachers can't stand in one table. Else it is that of the home.
+    """
+    beside = folder(dataset, spec, output) if output is not None else None
+    return beside if beside is not None and (beside / "teacher.json").is_file() else folder(dataset, spec)
+
+
+def is_at_hand(dataset: DataSet, spec: TeacherSpec, output: Path | None = None) -> bool:
+    """Whether the teacher exists already: in the home, or beside the records in ``output``."""
+    return (find(dataset, spec, output) / "teacher.json").is_file()
+
+
+def keep_beside(dataset: DataSet, spec: TeacherSpec, output: Path) -> None:
+    """Copy a trained teacher from the home to ``OUTPUT/teachers``, unless one is there.
+
+    Whoever has the records can then add runs to them on any machine. Imported teachers are not copied: a job names
+    their weights by hash.
+    """
+    place = folder(dataset, spec, output)
+    if spec.recipe is None or (place / "teacher.json").is_file():
+        return
+    origin = folder(dataset, spec)
+    for name in ("weights.safetensors", "teacher.json"):  # the card last: a folder with a card is complete
+        record.write_bytes(place / name, (origin / name).read_bytes())
 
 
 def labelled(
@@ -217,9 +241,10 @@ def load(
     spec: TeacherSpec,
     device: torch.device,
     models: Builders | None = None,
+    output: Path | None = None,
 ) -> Teacher:
-    """The teacher of a spec, ready for use; a missing or damaged one is a ``UserError``."""
-    place = folder(dataset, spec)
+    """The teacher of a spec, as ``find`` has it, ready for use; a missing or damaged one is a ``UserError``."""
+    place = find(dataset, spec, output)
     card = read_card(place)
     return Teacher(_load_weights(place, card, dataset, models).to(device=device), card)
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from dfkd_bench import plugins, record
+from dfkd_bench import data, plugins, record, teachers
 from dfkd_bench.engines import local
+from dfkd_bench.errors import UserError
 from dfkd_bench.job import Job
+from dfkd_bench.models import build_model
 from dfkd_bench.plan import Plan, carry_out, make_plan
-from dfkd_bench.record import MethodFacts, Record
+from dfkd_bench.record import MethodFacts, Record, TeacherFacts
 from dfkd_bench.run import Place
 from dfkd_bench.suite import make_suite
 
@@ -20,7 +23,10 @@ FOUND = plugins.discover()
 
 
 class Engine:
-    """Stands for the engine: remembers which teachers are trained, and which records are there when runs begin."""
+    """Stands for the engine: remembers which teachers are trained, and which records are there when runs begin.
+
+    The teachers that it "trains" have random weights.
+    """
 
     def __init__(self) -> None:
         self.teachers: list[str] = []
@@ -28,6 +34,20 @@ class Engine:
 
     def train_teachers(self, tasks: Sequence[local.TeacherTask], *_: Any) -> None:
         self.teachers = [task.spec.model for task in tasks]
+        for task in tasks:
+            dataset = data.dataset(task.dataset)
+            card = teachers.TeacherCard(
+                dataset=task.dataset,
+                model=task.spec.model,
+                classes=dataset.num_classes,
+                channels=1,
+                origin="trained here",
+                spec=task.spec,
+                sha256="",
+                accuracy={"test": 10.0},
+            )
+            model = build_model(task.spec.model, dataset.num_classes, 1)
+            teachers._keep(teachers.folder(dataset, task.spec), model, card)
 
     def run_jobs(self, jobs: Sequence[Job], place: Place, *_: Any) -> None:
         self.records = sorted(place.output.glob("records/*/*/*.json"))
@@ -82,3 +102,52 @@ def test_no_teacher_is_missing_for_runs_that_are_not_done_again(engine: Engine, 
     (item,) = planned(tmp_path).planned
     record.write(tmp_path, made(item.job, "", status="failed"))
     assert planned(tmp_path).missing_teachers == ()
+
+
+def test_the_teacher_lies_beside_the_records(engine: Engine, tmp_path: Path) -> None:
+    carry_out(planned(tmp_path), FOUND, Place(tmp_path), ["cpu"])
+    spec, digits = planned(tmp_path).planned[0].job.teacher, data.dataset("digits")
+    kept, home = teachers.folder(digits, spec, tmp_path), teachers.folder(digits, spec)
+    for name in ("teacher.json", "weights.safetensors"):
+        assert (kept / name).read_bytes() == (home / name).read_bytes()
+
+
+def test_a_teacher_beside_the_records_is_not_trained_again(engine: Engine, tmp_path: Path) -> None:
+    carry_out(planned(tmp_path), FOUND, Place(tmp_path), ["cpu"])
+    spec, digits = planned(tmp_path).planned[0].job.teacher, data.dataset("digits")
+    (teachers.folder(digits, spec) / "teacher.json").unlink()  # as in the home of another machine
+    carry_out(planned(tmp_path), FOUND, Place(tmp_path), ["cpu"])
+    assert engine.teachers == []
+
+
+def with_another_teacher(output: Path, seeds: tuple[int, ...]) -> Plan:
+    """A plan of two seeds; for ``seeds`` there are records of another teacher."""
+    suite = make_suite("test", "test", "digits", ["dafl"], pairs=["convnet8:convnet8"], controls=(), seeds=range(2))
+    plan = make_plan(suite, FOUND, output, device="cpu")
+    facts = TeacherFacts(model="convnet8", accuracy=10.0, sha256="0123456789abcdef", origin="trained here")
+    for item in plan.planned:
+        if item.job.seed in seeds:
+            source = FOUND.source("dafl").source_sha256()
+            record.write(output, made(item.job, source, teacher=facts))
+    return make_plan(suite, FOUND, output, device="cpu")
+
+
+def test_runs_with_another_teacher_than_the_records_are_refused_before_they_begin(
+    engine: Engine, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=r"1 of this table's records in .* another convnet8 \(sha256 0123456789ab\)"):
+        carry_out(with_another_teacher(tmp_path, (0,)), FOUND, Place(tmp_path), ["cpu"])
+    assert engine.records == []
+
+
+def test_a_refused_teacher_is_not_put_beside_the_records(engine: Engine, tmp_path: Path) -> None:
+    with pytest.raises(UserError):
+        carry_out(with_another_teacher(tmp_path, (0,)), FOUND, Place(tmp_path), ["cpu"])
+    assert not (tmp_path / "teachers").exists()
+
+
+def test_records_that_are_made_anew_may_get_another_teacher(engine: Engine, tmp_path: Path) -> None:
+    plan = with_another_teacher(tmp_path, (0,))
+    stale = tuple(replace(item, state="stale") if item.state == "done" else item for item in plan.planned)
+    carry_out(replace(plan, planned=stale), FOUND, Place(tmp_path), ["cpu"], ("stale",))
+    assert engine.teachers == ["convnet8"]

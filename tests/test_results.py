@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import pytest
 
-from dfkd_bench import data, plugins
+from dfkd_bench import data, plugins, teachers
 from dfkd_bench.ablation import RowRecords, read_ablation
 from dfkd_bench.ablation_plan import AblationPlan, plan_ablation
 from dfkd_bench.job import Job
@@ -105,6 +106,26 @@ def test_no_committed_record_of_the_digits_is_stale() -> None:
     hashes = {name: source.source_sha256() for name, source in FOUND.methods.items()}
     facts = {(one.job.method, one.method.source_sha256) for one in read_all(RESULTS) if one.job.dataset == "digits"}
     assert {name for name, source in facts if source != hashes[name]} == set()
+
+
+TEACHERS = sorted(RESULTS.glob("teachers/*/*/teacher.json"))
+
+
+@pytest.mark.parametrize("card", TEACHERS, ids=lambda path: path.parent.name)
+def test_a_committed_teacher_has_the_weights_that_its_card_names(card: Path) -> None:
+    weights = (card.parent / "weights.safetensors").read_bytes()
+    assert hashlib.sha256(weights).hexdigest() == teachers.read_card(card.parent).sha256
+
+
+@pytest.mark.parametrize("card", TEACHERS, ids=lambda path: path.parent.name)
+def test_a_committed_teacher_is_the_one_of_its_records(card: Path) -> None:
+    kept = teachers.read_card(card.parent)
+    used = {
+        record.teacher.sha256
+        for record in read_all(RESULTS)
+        if record.teacher and (record.job.dataset, record.job.teacher) == (kept.dataset, kept.spec)
+    }
+    assert used == {kept.sha256}
 
 
 def test_committed_records_name_no_folder_of_a_machine() -> None:

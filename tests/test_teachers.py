@@ -94,6 +94,40 @@ def one_line(caught: pytest.ExceptionInfo[UserError]) -> str:
     return text
 
 
+# --- Beside the records -----------------------------------------------------------------------------------------------
+
+
+def test_the_teacher_beside_the_records_comes_before_that_of_the_home(at_hand: Path, tmp_path: Path) -> None:
+    teachers.keep_beside(DIGITS, SPEC, tmp_path)
+    assert teachers.find(DIGITS, SPEC, tmp_path) == teachers.folder(DIGITS, SPEC, tmp_path) != at_hand
+
+
+def test_without_one_beside_the_records_it_is_that_of_the_home(at_hand: Path, tmp_path: Path) -> None:
+    assert teachers.find(DIGITS, SPEC, tmp_path) == at_hand
+
+
+def test_a_teacher_that_lies_beside_the_records_is_not_overwritten(at_hand: Path, tmp_path: Path) -> None:
+    teachers.keep_beside(DIGITS, SPEC, tmp_path)
+    theirs = teachers.folder(DIGITS, SPEC, tmp_path) / "weights.safetensors"
+    theirs.write_bytes(b"another machine's")
+    teachers.keep_beside(DIGITS, SPEC, tmp_path)
+    assert theirs.read_bytes() == b"another machine's"
+
+
+def test_a_kept_teacher_can_be_loaded_without_the_home(at_hand: Path, tmp_path: Path) -> None:
+    teachers.keep_beside(DIGITS, SPEC, tmp_path)
+    shutil.rmtree(at_hand)
+    loaded = teachers.load(DIGITS, SPEC, CPU, output=tmp_path).model.state_dict()
+    kept = weights_of(teachers.folder(DIGITS, SPEC, tmp_path))
+    assert all(torch.equal(value, kept[name]) for name, value in loaded.items())
+
+
+def test_an_imported_teacher_is_not_copied(home: Path, tmp_path: Path) -> None:
+    imported = TeacherSpec(model="convnet8", recipe=None, sha256="0" * 64)
+    teachers.keep_beside(DIGITS, imported, tmp_path)
+    assert not (tmp_path / "teachers").exists()
+
+
 # --- Training ---------------------------------------------------------------------------------------------------------
 
 
