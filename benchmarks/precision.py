@@ -20,7 +20,7 @@ from typing import Any, Literal, get_args
 
 from rich.console import Console
 
-from dfkd_bench import plugins, record
+from dfkd_bench import plugins, record, teachers
 from dfkd_bench.engines.local import default_devices
 from dfkd_bench.errors import UserError
 from dfkd_bench.job import Precision
@@ -115,6 +115,7 @@ def main() -> None:
             raise UserError(f"--margin {arguments.margin:g}: expected a number of points above 0")
         methods, folder = split_list(arguments.methods), arguments.output / "precision"
         seeds = parse_seeds(arguments.seeds)
+        teachers.take_along(arguments.output, folder / ".work")
         made = run_both(arguments.dataset, methods, seeds, folder / ".work", plugins.discover())
         new = {method: compared(made, method, arguments.margin) for method in methods}
         for method in methods:

@@ -27,7 +27,7 @@ from typing import Any
 
 from rich.console import Console
 
-from dfkd_bench import data, equal, plugins, record
+from dfkd_bench import data, equal, plugins, record, teachers
 from dfkd_bench.engines.local import default_devices
 from dfkd_bench.errors import UserError
 from dfkd_bench.plan import Plan, carry_out, make_plan
@@ -140,6 +140,7 @@ def tune(
 ) -> dict[str, Any]:
     """Trials of all ``methods``; returns what is kept of them, by method."""
     home = output / "trials" / ".work"
+    teachers.take_along(output, home)
     searches = {method: dict(found.method(method).search) for method in methods}
     if protocol == "equal":
         searches = {method: {"lr": equal.budget(dataset).lr} for method in methods}

@@ -99,12 +99,24 @@ def keep_beside(dataset: DataSet, spec: TeacherSpec, output: Path) -> None:
     Whoever has the records can then add runs to them on any machine. Imported teachers are not copied: a job names
     their weights by hash.
     """
-    place = folder(dataset, spec, output)
-    if spec.recipe is None or (place / "teacher.json").is_file():
-        return
-    origin = folder(dataset, spec)
-    for name in ("weights.safetensors", "teacher.json"):  # the card last: a folder with a card is complete
-        record.write_bytes(place / name, (origin / name).read_bytes())
+    if spec.recipe is not None:
+        _copy(folder(dataset, spec), folder(dataset, spec, output))
+
+
+def take_along(source: Path, output: Path) -> None:
+    """Copy all teachers beside the records in ``source`` to ``output``, where they are missing there.
+
+    For runs on the side (trials, bf16 against fp32), so that they have the teacher of the table that they are for.
+    """
+    for card in sorted(source.glob("teachers/*/*/teacher.json")):
+        _copy(card.parent, output / card.parent.relative_to(source))
+
+
+def _copy(origin: Path, place: Path) -> None:
+    """One teacher, unless there is one already. The card comes last: a folder with a card is complete."""
+    if not (place / "teacher.json").is_file():
+        for name in ("weights.safetensors", "teacher.json"):
+            record.write_bytes(place / name, (origin / name).read_bytes())
 
 
 def labelled(

@@ -122,6 +122,13 @@ def test_a_kept_teacher_can_be_loaded_without_the_home(at_hand: Path, tmp_path: 
     assert all(torch.equal(value, kept[name]) for name, value in loaded.items())
 
 
+def test_runs_on_the_side_take_the_teachers_of_the_records_along(at_hand: Path, tmp_path: Path) -> None:
+    teachers.keep_beside(DIGITS, SPEC, tmp_path)
+    teachers.take_along(tmp_path, tmp_path / "trials")
+    weights = teachers.folder(DIGITS, SPEC, tmp_path / "trials") / "weights.safetensors"
+    assert weights.read_bytes() == (at_hand / "weights.safetensors").read_bytes()
+
+
 def test_an_imported_teacher_is_not_copied(home: Path, tmp_path: Path) -> None:
     imported = TeacherSpec(model="convnet8", recipe=None, sha256="0" * 64)
     teachers.keep_beside(DIGITS, imported, tmp_path)
