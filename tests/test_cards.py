@@ -1,0 +1,56 @@
+"""The results in the cards of the methods are those of the committed records and trials."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from dfkd_bench import plugins
+from dfkd_bench.benchmarks import cards
+from dfkd_bench.errors import UserError
+
+ROOT = Path(__file__).parents[1]
+RESULTS, CARDS = ROOT / "results", ROOT / "docs" / "methods"
+FOUND = plugins.discover()
+WITH_RESULTS = sorted(path.stem for path in CARDS.glob("*.md") if cards.BEGIN in path.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("method", WITH_RESULTS)
+def test_a_card_has_the_results_of_the_records(method: str) -> None:
+    page = (CARDS / f"{method}.md").read_text(encoding="utf-8")
+    assert cards.with_results(page, method, RESULTS, FOUND) == page
+
+
+def test_every_method_of_the_main_table_has_results_in_its_card() -> None:
+    methods = {one.job.method for one in cards.records_of("smoke_digits", RESULTS, FOUND)}
+    assert methods - set(WITH_RESULTS) == {"scratch", "real_kd", "noise_kd", "ood_kd"}  # side by side on a page
+
+
+def test_a_page_without_marks_stays_as_it_is() -> None:
+    assert cards.with_results("# A card", "nayer", RESULTS, FOUND) == "# A card"
+
+
+def test_a_page_with_one_mark_is_refused() -> None:
+    with pytest.raises(UserError, match=r"the card of nayer has one of the marks"):
+        cards.with_results(f"# A card\n{cards.BEGIN}\ntext", "nayer", RESULTS, FOUND)
+
+
+def test_what_stands_around_the_marks_stays() -> None:
+    page = f"before\n{cards.BEGIN}\nold\n{cards.END}\nafter"
+    new = cards.with_results(page, "none_such", RESULTS, FOUND)
+    assert new == f"before\n{cards.BEGIN}\n{cards.HEAD}{cards.END}\nafter"
+
+
+def test_the_chosen_trial_is_bold(tmp_path: Path) -> None:
+    trials = [{"validation_accuracy": {"100": 50.0, "101": 70.0}}, {"validation_accuracy": {"100": 61.238}}]
+    (tmp_path / "trials").mkdir()
+    (tmp_path / "trials" / "digits.json").write_text(
+        json.dumps({"mine": {"seeds": [100, 101], "chosen": 1, "trials": trials}})
+    )
+    assert cards._trials("mine", "digits", tmp_path) == "50.00, **61.24**"
+
+
+def test_without_trials_there_is_a_dash(tmp_path: Path) -> None:
+    assert cards._trials("mine", "digits", tmp_path) == "-"
