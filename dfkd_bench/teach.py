@@ -19,13 +19,13 @@ def teaching(teacher: nn.Module, compute: Compute) -> Callable[[Tensor], Tensor]
     """Normalised images [b, C, H, W] -> fp32 logits [b, K] of ``teacher`` (in eval mode, where ``compute`` places it).
 
     In fp32 it is the teacher as it is. In bf16 it is a copy whose BatchNorms are folded into the convolutions before
-    them, where the order of layers allows, and whose weights are bf16 once and not in every step. On a CPU a
+    them, where the order of layers allows, and whose weights are bf16 once and not in every step. On a CPU with AMX a
     convolution, the addition and the ReLU that follow it are one pass over the activation. Rounding apart the answers
     are the same.
     """
     frozen = folded(teacher) if compute.precision == "bf16" else None
-    if frozen is not None and compute.device.type == "cpu" and has_one_pass_kernels():
-        frozen = in_one_pass(frozen)
+    if frozen is not None and compute.has_tiles and has_one_pass_kernels():
+        frozen = in_one_pass(frozen)  # on a CPU without AMX it was no faster
 
     @torch.no_grad()
     def teach(images: Tensor) -> Tensor:

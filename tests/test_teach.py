@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dfkd_bench import compute, teach
 from dfkd_bench.compute import Compute
 from dfkd_bench.models import build_model
 from dfkd_bench.teach import OnePass, folded, has_one_pass_kernels, in_one_pass, teaching
@@ -35,11 +36,11 @@ def test_fp32_answers_are_the_teachers_own_bits() -> None:
 
 @pytest.mark.parametrize("name", ["wrn16_1", "convnet8", "resnet18", "vgg11"])
 def test_bf16_answers_are_as_near_to_fp32_as_autocast_is(name: str) -> None:
-    teacher, compute = trained(name), Compute(CPU, "bf16")
+    teacher, half = trained(name), Compute(CPU, "bf16")
     exact = teacher(images())
-    with compute.autocast():
+    with half.autocast():
         rounding = (teacher(images()).float() - exact).abs().mean()
-    answers = teaching(teacher, compute)(images())
+    answers = teaching(teacher, half)(images())
     assert answers.dtype == torch.float32
     assert (answers - exact).abs().mean() < 2 * rounding
 
@@ -150,6 +151,16 @@ def test_of_two_convolutions_in_a_sum_one_takes_the_other_along() -> None:
     torch.testing.assert_close(now, plain, rtol=0.02, atol=0.02)
 
 
+@one_pass_kernels
+@pytest.mark.parametrize("flags", [{"avx512_bf16"}, {"avx512_bf16", "amx_bf16"}])
+def test_one_pass_is_for_cpus_with_amx(flags: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[nn.Module] = []
+    monkeypatch.setattr(compute, "_cpu_flags", lambda: flags)
+    monkeypatch.setattr(teach, "in_one_pass", lambda frozen: asked.append(frozen) or frozen)
+    teaching(trained("convnet8"), Compute(CPU, "bf16"))
+    assert len(asked) == ("amx_bf16" in flags)
+
+
 def test_the_teacher_itself_stays_as_it_is() -> None:
     teacher = trained("convnet8")
     before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
@@ -175,9 +186,9 @@ class Forked(nn.Module):
 
 
 def test_a_network_that_can_not_be_traced_is_taken_as_it_is() -> None:
-    compute = Compute(CPU, "bf16")
+    half = Compute(CPU, "bf16")
     teacher = Forked()
     assert folded(teacher) is None
-    with compute.autocast():
+    with half.autocast():
         wanted = teacher(images()).float()
-    assert torch.equal(teaching(teacher, compute)(images()), wanted)
+    assert torch.equal(teaching(teacher, half)(images()), wanted)
