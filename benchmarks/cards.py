@@ -1,9 +1,9 @@
 """Results in the cards of the methods, made of the committed records and trials alone.
 
-    python -m dfkd_bench.benchmarks.cards                    # --output results --cards docs/methods
+    python -m dfkd_bench.benchmarks.cards                    # in the root of a checkout
 
-Each page of ``--cards`` that has the two marks below gets, between them, one row for each built-in suite that has a
-table in ``OUTPUT/tables`` and records of the method that the page is called after.
+Each page of ``docs/methods`` that has the two marks below gets, between them, one row for each built-in suite that has
+a table in ``results/tables`` and records of the method that the page is called after.
 """
 
 from __future__ import annotations
@@ -130,17 +130,18 @@ def with_results(page: str, method: str, output: Path, found: Plugins) -> str:
 
 def main() -> None:
     """The command of the module's docstring."""
-    parser = argparse.ArgumentParser(
+    argparse.ArgumentParser(
         prog="python -m dfkd_bench.benchmarks.cards", description=(__doc__ or "").split("\n")[0]
-    )
-    parser.add_argument("--output", type=Path, default=Path("results"), help="default: %(default)s")
-    parser.add_argument("--cards", type=Path, default=Path("docs/methods"), help="default: %(default)s")
-    arguments = parser.parse_args()
+    ).parse_args()
+    output, pages = Path("results"), Path("docs/methods")
     try:
+        for folder in (output, pages):
+            if not folder.is_dir():
+                raise UserError(f"there is no folder {folder} here: call this in the root of a checkout")
         found = plugins.discover()
-        for path in sorted(arguments.cards.glob("*.md")):
+        for path in sorted(pages.glob("*.md")):
             page = path.read_text(encoding="utf-8")
-            new = with_results(page, path.stem, arguments.output, found)
+            new = with_results(page, path.stem, output, found)
             if new != page:
                 record.write_text(path, new)
                 print(path)

@@ -67,16 +67,26 @@ class OnePass(nn.Module):
         self._how = (list(conv.padding), list(conv.stride), list(conv.dilation), conv.groups)
 
     def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
-        """[b, n, H, W], and ``other`` of the result's shape [b, m, H', W']."""
+        """[b, n, H, W] to [b, m, H', W'], the shape of ``other``, too; one that is broadcast is added apart."""
         conv, kernel = self.conv, torch.ops.mkldnn._convolution_pointwise
         made: Tensor
-        if other is None:
+        if other is not None and not self._same_kind(x, other):  # the kernel knows no broadcasting
+            made = conv(x) + other
+            made = F.relu(made) if self.relu else made
+        elif other is None:
             made = kernel(x, conv.weight, conv.bias, *self._how, "relu" if self.relu else "none", [], "")
         else:
             made = kernel.binary(
                 x, other, conv.weight, conv.bias, *self._how, "add", 1.0, "relu" if self.relu else None, [], None
             )
         return made
+
+    def _same_kind(self, x: Tensor, other: Tensor) -> bool:
+        """Whether ``other`` has the shape and type of the convolution of ``x``."""
+        padding, stride, dilation, _ = self._how
+        sides = zip(x.shape[2:], self.conv.kernel_size, padding, stride, dilation, strict=True)
+        size = [(side + 2 * pad - spread * (kernel - 1) - 1) // step + 1 for side, kernel, pad, step, spread in sides]
+        return other.dtype == x.dtype and other.shape == (x.shape[0], self.conv.out_channels, *size)
 
 
 def in_one_pass(frozen: GraphModule) -> GraphModule:
@@ -136,7 +146,7 @@ def _only_user(node: Node) -> Node | None:
 
 
 def _is_sum(node: Node, of: Node) -> bool:
-    """Whether it adds ``of`` and another tensor of the graph; a residual network adds tensors of one shape."""
+    """Whether it adds ``of`` and another tensor of the graph."""
     two = len(node.args) == 2 and not node.kwargs and all(isinstance(argument, Node) for argument in node.args)
     adds = node.op == "call_function" and node.target in (operator.add, operator.iadd, torch.add)
     return two and adds and node.args.count(of) == 1

@@ -37,6 +37,17 @@ def test_a_page_with_one_mark_is_refused() -> None:
         cards.with_results(f"# A card\n{cards.BEGIN}\ntext", "nayer", RESULTS, FOUND)
 
 
+def test_outside_of_a_checkout_it_is_told_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["cards"])
+    with pytest.raises(SystemExit) as ended:
+        cards.main()
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == "error: there is no folder results here: call this in the root of a checkout\n"
+
+
 def test_what_stands_around_the_marks_stays() -> None:
     page = f"before\n{cards.BEGIN}\nold\n{cards.END}\nafter"
     new = cards.with_results(page, "none_such", RESULTS, FOUND)

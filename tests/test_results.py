@@ -10,6 +10,7 @@ import pytest
 from dfkd_bench import data, plugins, teachers
 from dfkd_bench.ablation import RowRecords, read_ablation
 from dfkd_bench.ablation_plan import AblationPlan, plan_ablation
+from dfkd_bench.benchmarks import cards
 from dfkd_bench.job import Job
 from dfkd_bench.record import Record, read_all, record_path
 from dfkd_bench.report import ablation_table
@@ -31,13 +32,7 @@ def jobs_of(name: str) -> list[Job]:
 
 def records_of(name: str) -> list[Record]:
     """The committed records of a suite's jobs, whatever precision the machine chose that made them."""
-    wanted = {job.id for job in jobs_of(name)}
-    dataset = read_suite(name).dataset
-    return [
-        record
-        for record in read_all(RESULTS)
-        if record.job.dataset == dataset and record.job.model_copy(update={"precision": "fp32"}).id in wanted
-    ]
+    return cards.records_of(name, RESULTS, FOUND)
 
 
 def built(name: str) -> tables.Table:

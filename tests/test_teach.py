@@ -75,7 +75,7 @@ def test_a_relu_in_the_same_pass_changes_no_bit(name: str) -> None:
 
 @one_pass_kernels
 @pytest.mark.parametrize("name", ["wrn16_1", "resnet18"])
-def test_sums_in_the_same_pass_are_rounded_once_less(name: str) -> None:
+def test_sums_and_slopes_in_the_same_pass_are_about_as_exact(name: str) -> None:
     teacher = trained(name)
     exact = teacher(images())
     _, once, plain = both(teacher, images())
@@ -149,6 +149,40 @@ def test_of_two_convolutions_in_a_sum_one_takes_the_other_along() -> None:
     once, now, plain = both(Branches().eval().requires_grad_(False), images())
     assert sum(isinstance(module, OnePass) for module in once.modules()) == 1
     torch.testing.assert_close(now, plain, rtol=0.02, atol=0.02)
+
+
+class Broadcast(Small):
+    """A sum with a mean of each channel."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.conv(x) + x.mean((2, 3), keepdim=True))
+
+
+class Strided(Small):
+    """A sum of one shape behind a convolution that changes height and width."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3, stride=2, padding=2, dilation=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x) + x[:, :, ::2, ::2]
+
+
+@one_pass_kernels
+def test_a_broadcast_sum_is_computed_apart() -> None:
+    _, now, plain = both(Broadcast().eval().requires_grad_(False), images())
+    assert torch.equal(now, plain)
+
+
+@one_pass_kernels
+def test_a_sum_behind_a_stride_is_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nn.Conv2d, "forward", None)  # what the way apart would call
+    frozen = folded(Strided().eval())
+    assert frozen is not None
+    with torch.no_grad():
+        now = in_one_pass(frozen)(images().bfloat16())
+    assert now.shape == (8, 3, 8, 8)
 
 
 @one_pass_kernels
