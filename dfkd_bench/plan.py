@@ -85,7 +85,7 @@ def _one_teacher(jobs: Sequence[Job], kept: Sequence[Planned], dataset: data.Dat
             raise UserError(
                 f"{len(others)} of this table's records in {output} were made with another {spec.model} (sha256 "
                 f"{others[0]}) than the one at hand ({now.sha256[:12]}), and no table mixes them: put theirs in "
-                f"{teachers.folder(dataset, spec, output)}, or give another --output"
+                f"{teachers.folder(dataset, spec, output)}, give another --output, or delete these records"
             )
 
 

@@ -64,7 +64,8 @@ class OnePass(nn.Module):
     def __init__(self, conv: nn.Conv2d, relu: bool) -> None:
         super().__init__()
         self.conv, self.relu = conv, relu
-        self._how = (list(conv.padding), list(conv.stride), list(conv.dilation), conv.groups)
+        padding = [int(side) for side in conv.padding]  # a name of a padding never comes here
+        self._how = (padding, list(conv.stride), list(conv.dilation), conv.groups)
 
     def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
         """[b, n, H, W] to [b, m, H', W'], the shape of ``other``, too; one that is broadcast is added apart."""
