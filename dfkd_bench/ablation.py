@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError, field_validator
 
 from dfkd_bench import record
 from dfkd_bench.data import DataSet
@@ -37,23 +37,37 @@ from dfkd_bench.suite import (
 NULL = "null"  # TOML has no null: this text stands for it in a row's settings
 
 Measure = Literal[
-    "accuracy", "accuracy_at_equal_seconds", "diversity", "coverage", "epochs", "seconds", "noisy_layer_bytes"
+    "accuracy",
+    "accuracy_at_equal_seconds",
+    "diversity",
+    "coverage",
+    "near_duplicates",
+    "epochs",
+    "seconds",
+    "noisy_layer_bytes",
 ]
 """``accuracy``: of the last epoch [%]. ``accuracy_at_equal_seconds``: of both curves when the shorter run ends.
 ``diversity``: ``within`` of ``diversity.measure``, 1 is that of real images; ``coverage``: the share of real images
-with made ones near them. ``epochs``: student epochs to a level. ``seconds``: headline time to a level, or of the whole
-run without one. ``noisy_layer_bytes``: the record's scalar."""
+with made ones near them; ``near_duplicates``: the share of images that have a double, or nearly. ``epochs``: student
+epochs to a level. ``seconds``: headline time to a level, or of the whole run without one. ``noisy_layer_bytes``: the
+record's scalar."""
 
-COSTS: tuple[Measure, ...] = ("epochs", "seconds", "noisy_layer_bytes")
+COSTS: tuple[Measure, ...] = ("near_duplicates", "epochs", "seconds", "noisy_layer_bytes")
 """Measures of which less is better."""
+
+_FACTORED = tuple(measure for measure in COSTS if measure != "near_duplicates")  # which may be 0
+
+OF_ONE_RUN: tuple[Measure, ...] = ("diversity", "coverage", "near_duplicates", "seconds", "noisy_layer_bytes")
+"""Measures beside accuracy that a run has by itself, without a level."""
 
 
 class Reference(Frozen):
-    """Published values: the rows of ``benchmarks/published.csv`` with this table, method and, if given, metric."""
+    """Published values: the rows of ``benchmarks/published.csv`` with this table, method and, if given, the rest."""
 
     table: str
     method: str
     metric: str | None = None
+    pair: str | None = None  # TEACHER:STUDENT
 
 
 class Row(Frozen):
@@ -94,8 +108,8 @@ class Claim(Frozen):
             raise ValueError(f"level is in percent of the teacher's accuracy, from 0 to 100 (given: {self.level:g})")
         if self.kind == "equal" and (self.margin <= 0 or self.factor is not None):
             raise ValueError("kind equal needs a margin above 0 and takes no factor")
-        if self.factor is not None and (self.measure not in COSTS or self.margin):
-            raise ValueError(f"factor is for {', '.join(COSTS)}, and in place of a margin")
+        if self.factor is not None and (self.measure not in _FACTORED or self.margin):
+            raise ValueError(f"factor is for {', '.join(_FACTORED)}, and in place of a margin")
 
 
 class Ablation(Frozen):
@@ -110,6 +124,8 @@ class Ablation(Frozen):
     rows: tuple[Row, ...]
     claims: tuple[Claim, ...]
     axis: str | None = None  # a setting: the figure draws accuracy against it, a curve a method
+    columns: tuple[Measure, ...] = ()  # measures that the table shows though no claim is about them
+    notes: tuple[str, ...] = ()  # what a reader of the table must know of its rows and claims
     settings: dict[str, Any] = {}  # "method.setting" -> value, for all rows that don't name it themselves
     evaluate_on: Literal["test", "validation"] = "test"
     variant: str = ""  # behind the names of its files: what the command line changed
@@ -135,8 +151,18 @@ class _File(BaseModel, extra="forbid"):
     title: str
     seeds: Seeds = "0-4"
     axis: str | None = None
+    columns: tuple[Measure, ...] = ()
+    notes: tuple[str, ...] = ()
     rows: tuple[Row, ...] = Field(min_length=1)
     claims: tuple[Claim, ...] = Field(min_length=1)
+
+    @field_validator("columns")
+    @classmethod
+    def _of_one_run(cls, columns: tuple[Measure, ...]) -> tuple[Measure, ...]:
+        for measure in columns:
+            if measure not in OF_ONE_RUN:
+                raise ValueError(f"{measure} is no column by itself: {', '.join(OF_ONE_RUN)} are")
+        return columns
 
 
 def names_ablation(name_or_file: str | None) -> bool:
@@ -182,6 +208,8 @@ def read_ablation(
         rows=file.rows,
         claims=file.claims,
         axis=file.axis,
+        columns=file.columns,
+        notes=file.notes,
         settings=given,
         evaluate_on="test" if evaluate_on == "test" else "validation",
     )

@@ -215,6 +215,9 @@ class Method(ABC):
     absorbs: ClassVar[str] = ""  # protocol `equal`: the setting that takes up the generation budget; "": makes nothing
     described: ClassVar[Mapping[str, Any]] = {}  # protocol `equal`: what authors describe where their code differs
     equal_lr: ClassVar[Mapping[str, float]] = {}  # protocol `equal`: "digits" -> the learning rate chosen on validation
+    same_results: ClassVar[
+        Sequence[str]
+    ] = ()  # hashes of earlier sources with the same results (docs/adding_a_method.md)
     tiny: ClassVar[Mapping[str, Any]] = {}  # settings that make a call take milliseconds, for the conformance checks
     quirks: ClassVar[Mapping[str, str]] = {}  # conformance check -> why this method, faithfully, breaks it
     transient: ClassVar[frozenset[str]] = frozenset()  # attributes that need not survive a resume

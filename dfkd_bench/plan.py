@@ -60,8 +60,9 @@ def make_plan(
     """Look at what is there; nothing is started."""
     dataset = data.dataset(suite.dataset, data_root, found.datasets)
     jobs = expand(suite, found, dataset, device, precision)
-    hashes = {name: found.source(name).source_sha256() for name in {job.method for job in jobs}}
-    planned = tuple(_where_it_stands(job, output, hashes[job.method]) for job in jobs)
+    sources = {name: found.source(name) for name in {job.method for job in jobs}}
+    known = {name: (source.source_sha256(), source.same_results()) for name, source in sources.items()}
+    planned = tuple(_where_it_stands(job, output, *known[job.method]) for job in jobs)
     left = Plan(suite, planned, ()).to_run()
     return Plan(suite, planned, _missing_teachers(left, dataset, output))
 
@@ -89,13 +90,17 @@ def _one_teacher(jobs: Sequence[Job], kept: Sequence[Planned], dataset: data.Dat
             )
 
 
-def _where_it_stands(job: Job, output: Path, source_sha256: str) -> Planned:
+def _where_it_stands(job: Job, output: Path, today: str, same_results: frozenset[str]) -> Planned:
+    """A record of earlier code with the same results counts as one of today's, here and in tables."""
     path = record.record_path(output, job)
     if path.is_file():
         found = record.read(path)
         if found.status == "failed":
             return Planned(job, "failed", found)
-        return Planned(job, "done" if found.is_fresh(source_sha256) else "stale", found)
+        if not found.is_fresh(same_results):
+            return Planned(job, "stale", found)
+        facts = found.method.model_copy(update={"source_sha256": today})
+        return Planned(job, "done", found.model_copy(update={"method": facts}))
     folder = RunFolder(job)
     if folder.is_running:
         return Planned(job, "running")

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
 METHODS_PACKAGE = "dfkd_bench.methods"
 GROUPS = ("methods", "datasets", "models", "encoders")
+TABLES = ("published", "smoke", "search", "equal_lr", "same_results")
+"""Attributes that a method's file may assign at its end, and that are no part of what makes a result."""
 
 
 @dataclass(frozen=True)
@@ -87,10 +89,24 @@ class Source:
         tree = ast.parse(self.path.read_text(encoding="utf-8"))
         return hashlib.sha256("".join([_meaning(tree), *map(_meaning, _parts(tree))]).encode()).hexdigest()
 
+    def same_results(self) -> frozenset[str]:
+        """Hashes of sources that make the same records: today's, and earlier ones that the file names.
+
+        It names them by ``NAME.same_results = ("<hash>", ...)`` at its end: a switch that was added touches none of
+        the runs without it, and they need not be made anew.
+        """
+        today = frozenset({self.source_sha256()})
+        if self.path is None:
+            return today
+        for node in ast.parse(self.path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.Assign) and _is_table(node, ("same_results",)):
+                return today | frozenset(ast.literal_eval(node.value))
+        return today
+
 
 def _meaning(tree: ast.Module) -> str:
     """The source without what can't change a result. ``tree`` is changed."""
-    tree.body = [node for node in tree.body if not _is_settings_table(node)]
+    tree.body = [node for node in tree.body if not _is_table(node, TABLES)]
     for node in ast.walk(tree):
         body = getattr(node, "body", None)
         if isinstance(body, list) and body and isinstance(body[0], ast.Expr):
@@ -121,10 +137,10 @@ def _own_imports(tree: ast.Module) -> set[str]:
     return {name.removeprefix("dfkd_bench.") for name in names if name.startswith("dfkd_bench.")}
 
 
-def _is_settings_table(node: ast.stmt) -> bool:
+def _is_table(node: ast.stmt, names: Sequence[str]) -> bool:
     """``Nayer.smoke = {...}`` and the like at a file's end."""
     target = node.targets[0] if isinstance(node, ast.Assign) else None
-    return isinstance(target, ast.Attribute) and target.attr in ("published", "smoke", "search", "equal_lr")
+    return isinstance(target, ast.Attribute) and target.attr in names
 
 
 @dataclass(frozen=True)

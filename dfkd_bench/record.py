@@ -6,7 +6,7 @@ import datetime
 import importlib.metadata
 import platform
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Literal
@@ -130,9 +130,9 @@ class Record(Frozen):
         """Headline time: all phases but evaluation and measuring."""
         return total(self.seconds)
 
-    def is_fresh(self, source_sha256: str) -> bool:
-        """Whether it is of today's protocol and of the method's code with this hash, and no failure."""
-        today = self.method.source_sha256 == source_sha256 and self.job.protocol_version == PROTOCOL_VERSION
+    def is_fresh(self, sources: Container[str]) -> bool:
+        """Whether it is of today's protocol and of the method's code with one of these hashes, and no failure."""
+        today = self.method.source_sha256 in sources and self.job.protocol_version == PROTOCOL_VERSION
         return today and self.status != "failed"
 
 

@@ -75,7 +75,7 @@ def run(job: Job, place: Place, report: Callable[[EpochDone], None] = lambda don
     with folder.lease():
         found = plugins.discover(place.plugin_files)
         path = record.record_path(place.output, job)
-        if path.is_file() and (made := record.read(path)).is_fresh(found.source(job.method).source_sha256()):
+        if path.is_file() and (made := record.read(path)).is_fresh(found.source(job.method).same_results()):
             return made
         folder.create()
         set_threads(place.threads)

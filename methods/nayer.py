@@ -74,8 +74,10 @@ class NayerConfig(MethodConfig):
     )
     # The ablations
     input: Literal["text", "noise"] = Field("text", description="label text (one-hot: encoder=onehot) or N(0, 1) noise")
-    noise: Literal["layer", "concat", "sum", "mix", "none"] = Field(
-        "layer", description="noisy layers, (e, z), e + beta * z, mixed embeddings, none (details: ours, but for layer)"
+    noise: Literal["layer", "concat", "sum", "mix", "none", "concat_normal", "sum_normal", "none_normal"] = Field(
+        "layer",
+        description="noisy layers, (e, z), e + beta * z, mixed embeddings, none (details: ours, but for layer); "
+        "..._normal: the learned layer's weights start as the noisy layers' do",
     )
     noise_width: int = Field(512, ge=1, description="numbers of z an image, for noise=concat and input=noise (ours)")
     noise_scale: float = Field(1.0, ge=0, description="beta of noise=sum, where embeddings have deviation 1 (ours)")
@@ -127,6 +129,15 @@ class PlainLayer(nn.Linear):
 
     The classes built on it put noise into its input, drawn once for all steps of a batch of B images.
     """
+
+    def start_as_noisy_layers(self) -> None:
+        """Weights N(0, 1), biases 0. PyTorch's own are some 30 times as small, so that a step of Adam moves them far.
+
+        So a difference to the noisy layers can be told from one that comes of how they start.
+        """
+        with torch.no_grad():
+            self.weight.normal_()
+            self.bias.zero_()
 
     def reinitialize(self) -> None:
         """There is nothing to draw."""
@@ -185,17 +196,25 @@ class MixNoise(PlainLayer):
 
 def build_noise(config: NayerConfig, classes: int, inputs: int) -> NoisyLayers | PlainLayer:
     """The source of noise, a module [B, inputs] -> [B, noisy_width]; its ``reinitialize`` draws the noise anew."""
+    if config.noise == "layer":
+        rows, block_rows = config.synthesis_batch_size, classes if config.layers == "k_to_1" else 1
+        return NoisyLayers(-(-rows // block_rows), block_rows, inputs, config.noisy_width)
+    source, _, start = config.noise.partition("_")
+    layer = _build_plain_layer(source, config, inputs)
+    if start:
+        layer.start_as_noisy_layers()
+    return layer
+
+
+def _build_plain_layer(source: str, config: NayerConfig, inputs: int) -> PlainLayer:
     rows, outputs = config.synthesis_batch_size, config.noisy_width
-    if config.noise == "concat":
+    if source == "concat":
         return ConcatNoise(inputs + config.noise_width, outputs, rows, config.noise_width)
-    if config.noise == "sum":
+    if source == "sum":
         return SumNoise(inputs, outputs, rows, inputs, config.noise_scale)
-    if config.noise == "mix":
+    if source == "mix":
         return MixNoise(inputs, outputs, rows)
-    if config.noise == "none":
-        return PlainLayer(inputs, outputs)
-    block_rows = classes if config.layers == "k_to_1" else 1
-    return NoisyLayers(-(-rows // block_rows), block_rows, inputs, outputs)
+    return PlainLayer(inputs, outputs)
 
 
 class NoisyGenerator(nn.Module):
@@ -374,3 +393,5 @@ Nayer.smoke = {
         source="the settings of digits; trials of its own are to be made anew",
     ),
 }
+# The released form's path is as it was: only ways to start an ordinary layer came after this source.
+Nayer.same_results = ("97428cd97fc0602453bec8978a0bf854a3d03555c0829ed2791432f0d3ddb011",)

@@ -345,6 +345,8 @@ def toml(folder: Path, text: str) -> str:
         (ROWS + CLAIM + "level = 95\n", "measure accuracy has no level"),
         (ROWS + CLAIM + 'measure = "epochs"\nlevel = 950\n', "percent of the teacher's accuracy"),
         (ROWS + CLAIM + "factor = 2.0\n", "factor is for epochs, seconds, noisy_layer_bytes"),
+        (ROWS + CLAIM + 'measure = "near_duplicates"\nfactor = 2.0\n', "factor is for epochs, seconds"),
+        ('columns = ["epochs"]\n' + ROWS + CLAIM, "epochs is no column by itself: diversity, coverage"),
         (ROWS + CLAIM.replace('[["x", "y"]]', "[]"), "compare"),
         (ROWS + CLAIM.replace('[["x", "y"]]', '[["x"]]'), "compare"),
         ('title = "t"\nrows = []\n' + CLAIM, "rows"),
@@ -597,6 +599,48 @@ def test_comparisons_as_csv_have_full_precision_and_bytes(built: ablation_table.
     assert lines[0]["dataset"] == "digits"
     assert float(lines[0]["low"]) == pytest.approx(5 - SEED / 2, rel=1e-6)
     assert (lines[4]["mean_b"], lines[2]["n"]) == ("40000000.0", "0")
+
+
+def test_a_column_may_be_asked_for_without_a_claim_about_it() -> None:
+    chosen, rows = example()
+    asked = chosen.model_copy(update={"claims": chosen.claims[:1], "columns": ("noisy_layer_bytes",)})
+    text = ablation_table.to_text(ablation_table.build(asked, rows))
+    assert "noisy MB" in text
+    assert "40.00" in text
+    assert "noisy MB: parameters of the noisy layers" in text
+
+
+def test_an_ablations_notes_stand_below_its_table() -> None:
+    chosen, rows = example()
+    noted = chosen.model_copy(update={"notes": ("budgets are ours",)})
+    assert "budgets are ours" in ablation_table.build(noted, rows).table.notes
+
+
+def test_fewer_near_duplicates_are_better_and_are_shown_in_percent() -> None:
+    a = accuracies("a", (90, 90), diversity={"near_duplicates": 0.02})
+    b = accuracies("b", (90, 90), diversity={"near_duplicates": 0.42})
+    found = judge(claim(measure="near_duplicates"), [a, b])
+    assert found.outcome == "supported"
+    (line,) = (text for text in ablation_table._claim_lines(found, ()) if "against" in text)
+    assert line.startswith("a (2.0) against b (42.0 % of images): advantage +40.00 [+40.00, +40.00], n = 2")
+
+
+def test_published_values_that_are_no_accuracies_have_their_unit() -> None:
+    chosen, rows = example()
+    hours = Reference(table="NAYER_FIG_acc_vs_time", method="CMI", metric="gpu_hours_training")
+    cited = [replace(rows[0], row=rows[0].row.model_copy(update={"published": (hours,)})), *rows[1:]]
+    assert "23.99 h [1]" in ablation_table.to_text(ablation_table.build(chosen, cited))
+
+
+def test_published_values_of_one_pair() -> None:
+    one = Reference(table="FAST_README_cifar10", method="Fast-5", metric="top1_acc", pair="wrn40_2:wrn16_2")
+    assert [row["value"] for row in ablation_table._found(one)] == ["91.96"]
+
+
+def test_an_unknown_pair_of_published_values_is_one_line() -> None:
+    wrong = Reference(table="FAST_README_cifar10", method="Fast-5", metric="top1_acc", pair="wrn40_2:wrn16_3")
+    with pytest.raises(UserError, match="did you mean 'Fast-5 top1_acc wrn40_2:wrn16_2'"):
+        ablation_table._found(wrong)
 
 
 def test_a_published_value_that_is_not_in_the_csv_is_one_line() -> None:

@@ -36,6 +36,9 @@ SWITCHES: dict[str, Fields] = {
     "sum": {"noise": "sum"},
     "mix": {"noise": "mix"},
     "none": {"noise": "none"},
+    "concat_normal": {"noise": "concat_normal"},
+    "sum_normal": {"noise": "sum_normal"},
+    "none_normal": {"noise": "none_normal"},
     "kept": {"reinitialize": False},
     "one_to_one": {"layers": "one_to_one"},
     "no_batchnorm": {"noisy_batchnorm": False},
@@ -124,7 +127,7 @@ def test_the_number_of_noisy_layers_and_their_memory(
     assert counted.item() == number * (OUT * D + OUT) * 4
 
 
-@pytest.mark.parametrize("noise", ["concat", "sum", "mix", "none"])
+@pytest.mark.parametrize("noise", ["concat", "sum", "mix", "none", "none_normal"])
 def test_without_noisy_layers_they_take_no_memory(task: Task, student: nn.Module, at: At, noise: str) -> None:
     made = new_method(task, noise=noise).synthesize(student, at(1))
     assert made.scalars["noisy_layer_bytes"].item() == 0
@@ -180,6 +183,21 @@ def test_noise_is_standard_normal(kind: type[ConcatNoise | SumNoise]) -> None:
     layer = kind(500, OUT, 400, 500)
     assert layer.z.mean().item() == pytest.approx(0, abs=0.01)
     assert layer.z.std().item() == pytest.approx(1, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("noise", "kind"), [("concat_normal", ConcatNoise), ("sum_normal", SumNoise), ("none_normal", PlainLayer)]
+)
+def test_an_ordinary_layer_may_start_as_noisy_layers_do(task: Task, noise: str, kind: type[PlainLayer]) -> None:
+    layer = new_method(task, noise=noise, noisy_width=500, generator_width=4).generator.noisy
+    assert type(layer) is kind
+    assert layer.weight.std().item() == pytest.approx(1, abs=0.03)
+    assert layer.bias.abs().max() == 0
+
+
+def test_it_is_not_drawn_anew(task: Task, student: nn.Module, at: At) -> None:
+    (_, end), (start, _) = watch_batches(new_method(task, noise="none_normal"), student, at)
+    assert torch.equal(end["noisy.weight"], start["noisy.weight"])
 
 
 # -- Where the noise comes from -------------------------------------------------------------------------------------
@@ -389,8 +407,10 @@ def test_resumed_in_a_generators_life_it_makes_the_same_images(
 @pytest.mark.parametrize(
     ("noise", "fields"),
     [
-        *itertools.product(["concat", "sum", "mix"], [{"input": "noise"}]),
-        *itertools.product(["concat", "sum", "mix", "none"], [{"reinitialize": False}, {"layers": "one_to_one"}]),
+        *itertools.product(["concat", "sum", "mix", "none_normal"], [{"input": "noise"}]),
+        *itertools.product(
+            ["concat", "sum", "mix", "none", "none_normal"], [{"reinitialize": False}, {"layers": "one_to_one"}]
+        ),
     ],
 )
 def test_contradictions_are_refused_in_one_line(noise: str, fields: Fields) -> None:

@@ -15,6 +15,7 @@ from dfkd_bench.errors import UserError
 from dfkd_bench.job import Job
 from dfkd_bench.models import build_model
 from dfkd_bench.plan import Plan, carry_out, make_plan
+from dfkd_bench.plugins import Source
 from dfkd_bench.record import MethodFacts, Record, TeacherFacts
 from dfkd_bench.run import Place
 from dfkd_bench.suite import make_suite
@@ -83,6 +84,19 @@ def test_a_record_that_is_made_anew_is_taken_away_first(engine: Engine, tmp_path
     record.write(tmp_path, made(item.job, "other code"))
     carry_out(planned(tmp_path), FOUND, Place(tmp_path), ["cpu"], ("stale",))
     assert engine.records == []
+
+
+def test_a_record_of_earlier_code_with_the_same_results_is_no_other(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (item,) = planned(tmp_path).planned
+    today = FOUND.source("dafl").source_sha256()
+    record.write(tmp_path, made(item.job, "earlier code"))
+    monkeypatch.setattr(Source, "same_results", lambda _: frozenset({today, "earlier code"}))
+    (found,) = planned(tmp_path).planned
+    assert found.state == "done"
+    assert found.record is not None
+    assert found.record.method.source_sha256 == today
 
 
 @pytest.mark.parametrize("before", [None, "failed"])

@@ -285,6 +285,18 @@ def test_the_hash_sees_code(write: Callable[[str, str], Path]) -> None:
     assert source_of(write("b", METHOD.replace("rand(4", "rand(5"))).source_sha256() != plain
 
 
+def test_earlier_sources_with_the_same_results_are_named_in_the_file(write: Callable[[str, str], Path]) -> None:
+    plain = source_of(write("a", METHOD))
+    later = source_of(write("b", METHOD + "\nNoise.switch = 1\nNoise.same_results = ('0ld',)\n"))
+    assert plain.same_results() == {plain.source_sha256()}
+    assert later.same_results() == {later.source_sha256(), "0ld"}
+
+
+def test_naming_them_does_not_change_the_hash(write: Callable[[str, str], Path]) -> None:
+    plain = source_of(write("a", METHOD)).source_sha256()
+    assert source_of(write("b", METHOD + "\nNoise.same_results = ('0ld',)\n")).source_sha256() == plain
+
+
 @pytest.mark.parametrize(
     "text", ["", "CARD = dict(title='x')", "CARD = 5", "CARD = {'a': open('x')}", "def (:", "card = {'title': 'x'}"]
 )

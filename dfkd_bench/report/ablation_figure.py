@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from dfkd_bench.ablation import Ablation, Claim, RowRecords, axis_value
-from dfkd_bench.report.ablation_table import MEGABYTE
+from dfkd_bench.ablation import Ablation, Measure, RowRecords, axis_value
+from dfkd_bench.report.ablation_table import SCALES
 from dfkd_bench.report.plots import Panel, dots, sweep
-from dfkd_bench.report.verdicts import level_of, measured, scored
+from dfkd_bench.report.verdicts import level_in, measured, scored
 
-_LABELS = {
+_LABELS: dict[str, str] = {
     "noisy_layer_bytes": "noisy layers [MB]",
     "diversity": "diversity within a class\n[real images = 1]",
     "coverage": "coverage\n[share of real images]",
+    "near_duplicates": "images with a near double [%]",
     "epochs": "epochs",
     "seconds": "seconds",
 }
@@ -59,15 +60,19 @@ def _curves(results: Sequence[RowRecords], axis: str) -> dict[str, dict[float, l
 
 def _panels(ablation: Ablation, results: Sequence[RowRecords]) -> list[Panel]:
     """One for each measure that a run has by itself; a level that depends on another run is in the verdicts alone."""
-    known: dict[str, Claim] = {}
-    for claim in ablation.claims:
-        if claim.measure in _LABELS:
-            level = f" to {claim.level:g} % of teacher" if isinstance(claim.level, float) else ""
-            known.setdefault(_LABELS[claim.measure] + level, claim)
-    return [Panel(label, {item.row.label: _values(claim, item) for item in results}) for label, claim in known.items()]
+    known: dict[str, tuple[Measure, float | None]] = {}
+    for measure, level in [*((claim.measure, claim.level) for claim in ablation.claims), *_asked_for(ablation)]:
+        if measure in _LABELS:
+            number = level if isinstance(level, float) else None
+            behind = "" if number is None else f" to {number:g} % of teacher"
+            known.setdefault(_LABELS[measure] + behind, (measure, number))
+    return [Panel(label, {item.row.label: _values(*what, item) for item in results}) for label, what in known.items()]
 
 
-def _values(claim: Claim, item: RowRecords) -> list[float]:
-    scale = MEGABYTE if claim.measure == "noisy_layer_bytes" else 1.0
-    found = [measured(run, claim.measure, level_of(claim, run)) for run in scored(item).values()]
-    return [one.value / scale for one in found if one is not None]
+def _asked_for(ablation: Ablation) -> list[tuple[Measure, None]]:
+    return [(measure, None) for measure in ablation.columns]
+
+
+def _values(measure: Measure, level: float | None, item: RowRecords) -> list[float]:
+    found = [measured(run, measure, level_in(run, level)) for run in scored(item).values()]
+    return [one.value * SCALES.get(measure, 1.0) for one in found if one is not None]

@@ -10,20 +10,21 @@ from dataclasses import dataclass, replace
 from math import inf
 from statistics import fmean
 
-from dfkd_bench.ablation import Ablation, Claim, Measure, Reference, RowRecords
+from dfkd_bench.ablation import OF_ONE_RUN, Ablation, Claim, Measure, Reference, RowRecords
 from dfkd_bench.errors import UserError, unknown
 from dfkd_bench.record import Record
 from dfkd_bench.report import table as tables
 from dfkd_bench.report.groups import require_comparable
 from dfkd_bench.report.layout import CONCURRENT, TIMES_NOTE, UNCONFIRMED, Cited, Column, Row, Table, shortened
 from dfkd_bench.report.published import rows as published_rows
-from dfkd_bench.report.verdicts import RULE, Comparison, Effect, Finding, judge, level_of, machine, measured, scored
+from dfkd_bench.report.verdicts import RULE, Comparison, Effect, Finding, judge, level_in, machine, measured, scored
 
 UNITS: Mapping[Measure, str] = {
     "accuracy": "%",
     "accuracy_at_equal_seconds": "%",
     "diversity": "of real images",
     "coverage": "of real images",
+    "near_duplicates": "% of images",
     "epochs": "epochs",
     "seconds": "s",
     "noisy_layer_bytes": "MB",
@@ -33,13 +34,17 @@ _NAMES: Mapping[Measure, str] = {
     "accuracy_at_equal_seconds": "accuracy when the shorter of the two runs ends",
     "diversity": "diversity within classes",
     "coverage": "coverage of the real images",
+    "near_duplicates": "share of images that have a near-duplicate",
     "epochs": "student epochs",
     "seconds": "seconds",
     "noisy_layer_bytes": "memory of the noisy layers",
 }
 _COLUMNS = ("n", "synthesis", "total", "images", "memory")
 _REASON_LENGTH = 200
-MEGABYTE = 1e6
+ACCURACY = "top1_acc"
+"""As ``benchmarks/published.csv`` calls it."""
+SCALES: Mapping[Measure, float] = {"near_duplicates": 100.0, "noisy_layer_bytes": 1e-6}
+"""From the records' units to ``UNITS``; 1 for all others."""
 
 
 @dataclass(frozen=True)
@@ -164,7 +169,8 @@ def describe_test(claim: Claim) -> str:
         return f"a better than b by a factor of more than {claim.factor:g} in {what}"
     unit = {"accuracy": "points ", "accuracy_at_equal_seconds": "points "}.get(claim.measure, "")
     unit = "point " if unit and abs(claim.margin) == 1 else unit
-    amount = f"{abs(claim.margin):g} {unit}".strip()
+    unit = {"near_duplicates": "% of images ", "noisy_layer_bytes": "MB "}.get(claim.measure, unit)
+    amount = f"{abs(claim.margin) * SCALES.get(claim.measure, 1.0):g} {unit}".strip()
     if claim.kind == "equal":
         return f"a and b equal within {amount} in {what}"
     if claim.margin < 0:
@@ -189,32 +195,33 @@ def _row(item: RowRecords, part: Table | None, references: _References, seeds: i
 
 
 def _published(row: Row) -> tuple[str, ...]:
-    return tuple(f"{one.value:g} [{one.reference}]" for one in row.published) or ("-",)
+    return tuple(
+        " ".join(filter(None, (f"{one.value:g}", one.unit, f"[{one.reference}]"))) for one in row.published
+    ) or ("-",)
 
 
 def _measure_columns(ablation: Ablation, results: Sequence[RowRecords]) -> Iterable[Column]:
-    """A column for each measure that a claim is about and that a run has by itself."""
-    known = {
-        (claim.measure, claim.level if isinstance(claim.level, float) else None): claim
+    """A column for each measure that a claim is about and that a run has by itself, and for those asked for."""
+    of_claims = [
+        (claim.measure, claim.level if isinstance(claim.level, float) else None)
         for claim in ablation.claims
-        if claim.measure in ("diversity", "coverage", "epochs", "seconds", "noisy_layer_bytes")
-        and claim.level != "weaker"
-    }
-    for (measure, level), claim in known.items():
+        if claim.measure in (*OF_ONE_RUN, "epochs") and claim.level != "weaker"
+    ]
+    for measure, level in dict.fromkeys([*of_claims, *((measure, None) for measure in ablation.columns)]):
         if measure == "seconds" and level is None:  # is in the table
             continue
-        cells = {item.row.label: mean_of(claim, item) for item in results}
-        name = {"noisy_layer_bytes": "noisy MB", "epochs": "epochs", "seconds": "seconds"}.get(measure, measure)
+        cells = {item.row.label: mean_of(measure, level, item) for item in results}
+        name = {"noisy_layer_bytes": "noisy MB", "near_duplicates": "near doubles %"}.get(measure, measure)
         over = "" if level is None else f"to {level:g} % of teacher"
         yield Column(measure, name, _cell(measure, cells), over)
 
 
-def mean_of(claim: Claim, item: RowRecords) -> tuple[float, bool] | None:
-    """A row's mean in a claim's measure, and whether a run in it never reached the level; None without a value."""
+def mean_of(measure: Measure, level: float | None, item: RowRecords) -> tuple[float, bool] | None:
+    """A row's mean in a measure, and whether a run in it never reached the level; None without a value."""
     found = [
         value
         for record in scored(item).values()
-        if (value := measured(record, claim.measure, level_of(claim, record))) is not None
+        if (value := measured(record, measure, level_in(record, level))) is not None
     ]
     return (fmean(one.value for one in found), any(one.censored for one in found)) if found else None
 
@@ -231,9 +238,8 @@ def _cell(measure: Measure, cells: Mapping[str, tuple[float, bool] | None]) -> C
 
 def number(measure: Measure, value: float) -> str:
     """A value in the unit of ``UNITS``."""
-    if measure == "noisy_layer_bytes":
-        return f"{value / MEGABYTE:,.2f}"
-    return f"{value:,.1f}" if measure in ("epochs", "seconds") else f"{value:,.2f}"
+    shown = value * SCALES.get(measure, 1.0)
+    return f"{shown:,.1f}" if measure in ("epochs", "seconds", "near_duplicates") else f"{shown:,.2f}"
 
 
 def _notes(
@@ -251,7 +257,7 @@ def _notes(
     yield f"hardware: {'; '.join(machines)}"
     yield "last epoch: mean ± half-width of the Student-t 95 % interval over n seeds, none at n = 1"
     yield TIMES_NOTE
-    measures = {claim.measure for claim in ablation.claims}
+    measures = {*(claim.measure for claim in ablation.claims), *ablation.columns}
     if "noisy_layer_bytes" in measures:
         yield "noisy MB: parameters of the noisy layers; gradients and Adam's state take three times as much again"
     if "diversity" in measures:
@@ -261,6 +267,9 @@ def _notes(
             "coverage: share of held-out real images that have a made one nearer than their 5th nearest real one, "
             "in the teacher's features"
         )
+    if "near_duplicates" in measures:
+        yield "near doubles: images with another one within 5 of 255 steps (root mean square over pixels)"
+    yield from ablation.notes
     if any(one.published for one in rows) or any(claim.published for claim in ablation.claims):
         yield "published values are of other data sets, pairs or schedules: compare directions, not sizes"
     marks = "".join(row.marks for row in rows)
@@ -307,8 +316,7 @@ def _effect(claim: Claim, effect: Effect) -> str:
             return "inf" if value > 0 else "-inf"
         if claim.factor is not None:
             return f"{value:,.2f}"
-        scaled = value / MEGABYTE if claim.measure == "noisy_layer_bytes" else value
-        return f"{scaled:+,.2f}"
+        return f"{value * SCALES.get(claim.measure, 1.0):+,.2f}"
 
     times = " times" if claim.factor is not None else ""
     if effect.low is None or effect.high is None:
@@ -330,7 +338,13 @@ class _References:
         self._details: dict[str, list[str]] = {}
 
     def cite(self, references: Iterable[Reference]) -> tuple[Cited, ...]:
-        return tuple(Cited(float(row["value"]), self._number(row)) for one in references for row in _found(one))
+        return tuple(
+            Cited(
+                float(row["value"]), self._number(row), "" if row["metric"] == ACCURACY else row["unit"] or _words(row)
+            )
+            for one in references
+            for row in _found(one)
+        )
 
     def in_words(self, references: Iterable[Reference]) -> Iterable[str]:
         for one in references:
@@ -352,22 +366,34 @@ def _found(reference: Reference) -> list[dict[str, str]]:
     rows = [row for row in published_rows() if row["table_id"] == reference.table]
     if not rows:
         raise unknown("published table", reference.table, {row["table_id"] for row in published_rows()})
-    found = [row for row in rows if row["method"] == reference.method and reference.metric in (None, row["metric"])]
+    found = [
+        row
+        for row in rows
+        if row["method"] == reference.method
+        and reference.metric in (None, row["metric"])
+        and reference.pair in (None, _pair(row))
+    ]
     if not found:
-        name = " ".join(filter(None, (reference.method, reference.metric)))
-        raise unknown(
-            f"value in published table {reference.table}", name, {f"{row['method']} {row['metric']}" for row in rows}
-        )
+        name = " ".join(filter(None, (reference.method, reference.metric, reference.pair)))
+        known = {" ".join(filter(None, (row["method"], row["metric"], reference.pair and _pair(row)))) for row in rows}
+        raise unknown(f"value in published table {reference.table}", name, known)
     return found
+
+
+def _pair(row: Mapping[str, str]) -> str:
+    return f"{row['teacher']}:{row['student']}" if row["teacher"] else ""
+
+
+def _words(row: Mapping[str, str]) -> str:
+    """A metric other than accuracy."""
+    return "" if row["metric"] == ACCURACY else row["metric"].replace("_", " ")
 
 
 def _value(row: Mapping[str, str]) -> str:
     """``93.72 % (NAYER prompt P3 (label index); cifar10; wrn40_2:wrn16_2)``."""
-    metric = "" if row["metric"] == "top1_acc" else row["metric"].replace("_", " ")
-    pair = f"{row['teacher']}:{row['student']}" if row["teacher"] else ""
     epochs = f"{row['epochs']} epochs" if row["epochs"] else ""
-    cell = "; ".join(filter(None, (row["method"], row["dataset"].strip("()"), pair, epochs)))
-    return " ".join(filter(None, (row["value"], row["unit"], metric, f"({cell})")))
+    cell = "; ".join(filter(None, (row["method"], row["dataset"].strip("()"), _pair(row), epochs)))
+    return " ".join(filter(None, (row["value"], row["unit"], _words(row), f"({cell})")))
 
 
 def _wrapped(text: str, width: int, rest: str, first: str = "") -> list[str]:

@@ -34,10 +34,11 @@ _REASON_LENGTH = 160
 
 @dataclass(frozen=True)
 class Cited:
-    """A published accuracy [%] and the number of its reference."""
+    """A published accuracy [%], or another value with its unit, and the number of its reference."""
 
     value: float
     reference: int
+    unit: str = ""
 
 
 @dataclass(frozen=True)

@@ -105,7 +105,7 @@ def measured(record: Record, measure: Measure, level: float | None = None) -> Me
     """A run's value of a measure that needs no other run. ``level``: accuracy [%]. None: the record doesn't have it."""
     if measure == "accuracy":
         return Measured(record.last.accuracy) if record.last else None
-    if measure in ("noisy_layer_bytes", "diversity", "coverage"):
+    if measure in ("noisy_layer_bytes", "diversity", "coverage", "near_duplicates"):
         of_images = record.diversity.get({"diversity": "within"}.get(measure, measure))
         value = record.scalars.get(measure) if measure == "noisy_layer_bytes" else of_images
         return None if value is None else Measured(value)
@@ -127,14 +127,14 @@ def machine(record: Record) -> str:
     return ", ".join(names + counts) or "not recorded"
 
 
-def level_of(claim: Claim, record: Record) -> float | None:
+def level_in(record: Record, level: float | Literal["weaker"] | None) -> float | None:
     """The accuracy [%] that a claim's level stands for in a run; None for ``weaker`` and without a level.
 
     NaN: nobody knows the teacher's accuracy.
     """
-    if not isinstance(claim.level, float) or record.teacher is None:
+    if not isinstance(level, float) or record.teacher is None:
         return None
-    return nan if record.teacher.accuracy is None else claim.level / 100 * record.teacher.accuracy
+    return nan if record.teacher.accuracy is None else level / 100 * record.teacher.accuracy
 
 
 def scored(item: RowRecords) -> dict[int, Record]:
@@ -185,7 +185,10 @@ def _pair(claim: Claim, a: Record, b: Record) -> tuple[Measured, Measured] | Non
         level = min(a.last.accuracy, b.last.accuracy)
         both = measured(a, claim.measure, level), measured(b, claim.measure, level)
     else:
-        both = measured(a, claim.measure, level_of(claim, a)), measured(b, claim.measure, level_of(claim, b))
+        both = (
+            measured(a, claim.measure, level_in(a, claim.level)),
+            measured(b, claim.measure, level_in(b, claim.level)),
+        )
     return None if both[0] is None or both[1] is None else (both[0], both[1])
 
 
