@@ -198,20 +198,33 @@ def plot(asked: TableOptions, to: FigureFile = None) -> None:
 @app.command()
 @spread
 def gallery(asked: TableOptions, to: FigureFile = None) -> None:
-    """Draw generated images, a row a method and a column a class, from the runs at hand. Starts nothing."""
+    """Draw generated images, a row a method (or of an ablation) and a column a class, from the runs at hand."""
     from dfkd_bench import data
     from dfkd_bench.gallery import gallery as draw
+    from dfkd_bench.report.groups import Group, group
+
+    def draw_rows(rows: Sequence[Group], place: Path, name: str, title: str) -> tuple[Path, tuple[str, ...]]:
+        return draw(rows, data.dataset(name, asked.data_root, found.datasets), place, title, asked.data_root)
 
     found = _plugins(asked.plugin)
-    chosen = _suite(asked, found)
-    records = _records(asked, chosen, found)
-    images = data.dataset(chosen.dataset, asked.data_root, found.datasets)
-
-    def draw_pair(pair: str, runs: list[Record]) -> tuple[Path, tuple[str, ...]]:
-        place = printing.figure_path(chosen, pair, asked.output, to, "-gallery")
-        return draw(runs, images, place, chosen.title, printing.order(chosen), asked.data_root)
-
-    drawn, wrong = printing.each_pair(chosen, records, draw_pair)
+    if (ablation := _ablation_if_named(asked, found)) is not None:
+        planned = _ablation_at_hand(asked, ablation, found)
+        results = planned.results(planned.plan.records())
+        rows = [Group(item.row.label, item.row.method, item.records) for item in results if item.records]
+        place = to or asked.output / "figures" / f"{ablation.stem}-gallery.png"
+        drawn, wrong = [draw_rows(rows, place, ablation.dataset, ablation.title)], None
+    else:
+        chosen = _suite(asked, found)
+        drawn, wrong = printing.each_pair(
+            chosen,
+            _records(asked, chosen, found),
+            lambda pair, runs: draw_rows(
+                group(runs, printing.order(chosen)),
+                printing.figure_path(chosen, pair, asked.output, to, "-gallery"),
+                chosen.dataset,
+                chosen.title,
+            ),
+        )
     for path, advice in drawn:
         for line in advice:
             printing.warn(line, "note")

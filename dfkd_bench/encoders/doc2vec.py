@@ -31,7 +31,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from dfkd_bench.encoders import NO_MODEL_NEEDED, Rows, TextEncoder, file_sha256, first_line
+from dfkd_bench.encoders import INDEX_ROWS, NO_MODEL_NEEDED, Rows, TextEncoder, file_sha256, first_line
 from dfkd_bench.errors import UserError, unknown
 
 WORDNET = "wordnet-3.0.txt"
@@ -119,7 +119,7 @@ class Doc2Vec(TextEncoder):
     @property
     def ways_out(self) -> str:
         return (
-            "`-s nayer.encoder=doc2vec:PATH` takes a model that gensim saved, `doc2vec:corpus=FILE` trains one on a "
+            "`-s METHOD.encoder=doc2vec:PATH` takes a model that gensim saved, `doc2vec:corpus=FILE` trains one on a "
             f"text file, one document a line (docs/embeddings.md: how to make WordNet's). {NO_MODEL_NEEDED}"
         )
 
@@ -136,7 +136,7 @@ class Doc2Vec(TextEncoder):
         if revision is None:
             raise UserError(
                 f"the Doc2Vec trained on WordNet's glosses is not shipped, only its embeddings of built-in data sets "
-                f"are, with the prompts P1, P2 and nayer, and P3 for the first classes. {self.ways_out}"
+                f"are, P3 of {INDEX_ROWS} classes at most. {self.ways_out}"
             )
         model = _load(self.saved) if self.saved is not None else _train(self.corpus, revision, self.settings)
         known = [[word for word in words(text) if word in model.wv] for text in texts]

@@ -49,19 +49,22 @@ class Sbert(TextEncoder):
     @property
     def ways_out(self) -> str:
         return (
-            "A folder that holds it is given by `-s nayer.encoder=sbert:./FOLDER`, a matrix [K, d] by "
-            f"`-s nayer.encoder=file:PATH`. {NO_MODEL_NEEDED}"
+            "A folder that holds it is given by `-s METHOD.encoder=sbert:./FOLDER`, a matrix [K, d] by "
+            f"`-s METHOD.encoder=file:PATH`. {NO_MODEL_NEEDED}"
         )
 
     def weights(self) -> str | None:
-        return None if self.folder is None else f"sha256:{_weights_sha256(self.folder)}"
+        """The tokenizer and the pooling fix the rows as much as the weights do, so all files of a folder count."""
+        if self.folder is None:
+            return None
+        return ",".join(filter(None, (f"sha256:{_weights_sha256(self.folder)}", _others_sha256(self.folder))))
 
     def encode(self, texts: Sequence[str]) -> tuple[Rows, str]:
         if self.folder is None and Path(self.source).exists():  # the library would take it for the model
             raise UserError(
                 f"'{self.source}' is a model's name and a folder here: write sbert:./{self.source}, or rename it"
             )
-        revision = self.weights()
+        revision = None if self.folder is None else f"sha256:{_weights_sha256(self.folder)}"
         with short_wait(online=self.folder is None):
             rows = self._loaded.encode(list(texts), show_progress_bar=False, convert_to_numpy=True)
             revision = revision or f"state-sha256:{state_sha256(self._loaded)}"
@@ -81,3 +84,14 @@ def _weights_sha256(folder: Path) -> str:
     if not hashes:
         raise UserError(f"{folder} holds no text model: expected one of {', '.join(_WEIGHTS)} in it")
     return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
+
+
+def _others_sha256(folder: Path) -> str:
+    """Of the names and contents of all files that are neither weights nor pages to read; "" if there are none."""
+    files = [
+        file
+        for file in sorted(folder.rglob("*"))
+        if file.is_file() and file.name not in _WEIGHTS and file.suffix != ".md" and not file.name.startswith(".")
+    ]
+    lines = "\n".join(f"{file.relative_to(folder).as_posix()} {file_sha256(file)}" for file in files)
+    return f"files-sha256:{hashlib.sha256(lines.encode()).hexdigest()}" if files else ""
