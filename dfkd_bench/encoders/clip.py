@@ -52,8 +52,8 @@ class Clip(TextEncoder):
         architecture = f"{self.architecture}-quickgelu" if self.source == "openai" else self.architecture
         return (
             f"Where they can be had, `dfkd-bench encode --encoder {self.spec} --dataset NAME --output FILE` makes the "
-            "embeddings; FILE, or any matrix [K, d], is given by `-s METHOD.encoder=file:FILE`, a checkpoint on disk by "
-            f"`-s METHOD.encoder=clip:{architecture}/CHECKPOINT`. {NO_MODEL_NEEDED}"
+            "embeddings; FILE, or any matrix [K, d], is given by `-s METHOD.encoder=file:FILE`, a checkpoint on disk "
+            f"by `-s METHOD.encoder=clip:{architecture}/CHECKPOINT`. {NO_MODEL_NEEDED}"
         )
 
     def weights(self) -> str | None:
