@@ -41,11 +41,12 @@ FIRST_SEED = 100  # tables report seeds from 0
 
 
 def draw_trials(
-    search: Mapping[str, Sequence[Any]], present: Mapping[str, Any], count: int, seed: int = 0
+    search: Mapping[str, Sequence[Any]], present: Mapping[str, Any], count: int, seed: str = ""
 ) -> list[dict[str, Any]]:
     """``count`` different settings, or as many as there are: the present ones (nothing changed), then random draws.
 
-    ``present``: their values of the settings in ``search``, which are not drawn a second time.
+    ``present``: their values of the settings in ``search``, which are not drawn a second time. ``seed``: the data set
+    and the method, so that a second data set doesn't try again what the first one has.
     """
     stream = random.Random(seed)
     drawn_anyway = all(present[name] in values for name, values in search.items())
@@ -153,7 +154,7 @@ def tune(
         trials = [
             Trial(method, drawn)
             for method, search in searches.items()
-            for drawn in draw_trials(search, present_settings(dataset, protocol, method, search, found), count)
+            for drawn in draw_trials(search, present_settings(dataset, protocol, method, search, found), count, f"{dataset}/{method}")
         ]
     trials = run_trials(dataset, protocol, trials, seeds[:1], home, found)
     rank = {

@@ -381,7 +381,10 @@ def test_smoke_says_that_it_is_not_comparable(digits: Table) -> None:
 def test_the_number_of_common_seeds_is_said_once_where_all_have_the_same() -> None:
     found = [cifar_run(method, seed, 90.0) for method in ("nayer", "fm", "cmi") for seed in (0, 1)]
     note = noted(cifar10(*found), "difference to nayer")
-    assert note == "difference to nayer over common seeds, n = 2 [points]: fm +0.00 ± 0.00, cmi +0.00 ± 0.00"
+    assert note == (
+        "difference to nayer over common seeds, n = 2 [points]: fm +0.00 ± 0.00, cmi +0.00 ± 0.00; "
+        "each interval is for one difference, not for all of them at once"
+    )
 
 
 def test_one_thread_is_one_thread() -> None:
@@ -416,6 +419,26 @@ def test_unconfirmed_and_concurrent_are_marked(digits: Table) -> None:
 def test_different_hardware_is_noted() -> None:
     table = cifar10(cifar_run("fm"), cifar_run("nayer", hardware={"gpu": "Example GPU", "workers": 1}))
     assert noted(table, "times come from different hardware")
+
+
+def test_students_that_got_more_images_are_named() -> None:
+    counts = {"fm": 1000, "nayer": 1000, "cmi": 2000, "dafl": 1010}
+    runs = [cifar_run(name).model_copy(update={"counters": Counters(student_images=n)}) for name, n in counts.items()]
+    note = noted(cifar10(*runs), "images that the student was taught with")
+    assert note == "images that the student was taught with, all steps together: 1,000; times that: cmi 2.00"
+
+
+def test_students_with_equally_many_images_need_no_line() -> None:
+    runs = [cifar_run(name).model_copy(update={"counters": Counters(student_images=5)}) for name in ("fm", "nayer")]
+    assert not any(note.startswith("images that the student") for note in cifar10(*runs).notes)
+
+
+def test_runs_of_several_commits_are_noted() -> None:
+    runs = [
+        cifar_run(name).model_copy(update={"git": {"commit": commit * 40, "dirty": False}})
+        for name, commit in (("fm", "a"), ("nayer", "b"))
+    ]
+    assert noted(cifar10(*runs), "runs were made at several commits (aaaaaaa, bbbbbbb)")
 
 
 def test_changed_code_is_noted() -> None:

@@ -60,6 +60,11 @@ def call(monkeypatch: pytest.MonkeyPatch, output: Path, *options: str) -> dict[s
     return kept
 
 
+def test_another_data_set_tries_something_else() -> None:
+    drawn = [tune.draw_trials(SEARCH, PRESENT, 4, seed) for seed in ("digits/fm", "glyphs16/fm")]
+    assert drawn[0][1:] != drawn[1][1:]
+
+
 def test_the_first_trial_is_the_present_setting() -> None:
     assert tune.draw_trials(SEARCH, PRESENT, 4)[0] == {}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean
+from statistics import fmean, median_low
 from typing import Literal
 
 from dfkd_bench.record import Record
@@ -289,10 +289,11 @@ def _notes(groups: Sequence[Group], rows: Sequence[Row]) -> Iterable[str]:
     yield _teacher_note(records)
     steps = _by_value(groups, lambda record: f"{record.job.schedule.total_student_steps:,}")
     yield f"student steps: {steps}; precision: {_by_value(groups, lambda record: record.job.precision)}"
+    yield from _student_images(groups)
     yield f"hardware: {'; '.join(sorted({_machine(record) for record in records if record.hardware}))}"
     yield (
         "last epoch: mean ± half-width of the Student-t 95 % interval over n seeds, none at n = 1; "
-        "the interval does not include the teacher's variance"
+        f"the interval does not include the variance of the teacher and of the choice of {job.evaluate_on} images"
     )
     cited = any(row.published for row in rows)
     alike = "; most published numbers are selected like this, too, and come from one seed" if cited else ""
@@ -304,6 +305,16 @@ def _notes(groups: Sequence[Group], rows: Sequence[Row]) -> Iterable[str]:
     if methods:
         yield f"origin of the settings: {_by_value(methods, _origin, always=True)}"
     yield from _warnings(groups, rows)
+
+
+def _student_images(groups: Sequence[Group]) -> Iterable[str]:
+    """Which students got more or fewer images in as many steps: pairs of images, replay on top, short batches."""
+    means = {one.label: fmean(run.counters.student_images for run in one.scored) for one in groups if one.scored}
+    usual = median_low(means.values()) if means else 0
+    others = {label: mean / usual for label, mean in means.items() if usual and abs(mean / usual - 1) > 0.02}
+    if others:
+        listed = ", ".join(f"{label} {ratio:.2f}" for label, ratio in others.items())
+        yield f"images that the student was taught with, all steps together: {usual:,.0f}; times that: {listed}"
 
 
 def _teacher_note(records: Sequence[Record]) -> str:
@@ -322,13 +333,20 @@ def _warnings(groups: Sequence[Group], rows: Sequence[Row]) -> Iterable[str]:
         yield f"{CONCURRENT} made by several concurrent workers: times are not comparable with exclusive runs"
     if len({_machine(record) for record in scored}) > 1:
         yield "times come from different hardware and are not comparable"
+    commits = sorted({str(record.git["commit"])[:7] for record in scored if record.git.get("commit")})
+    if len(commits) > 1:
+        yield f"runs were made at several commits ({', '.join(commits)}), which may differ in speed"
     changed = [one.label for one in groups if len({record.method.source_sha256 for record in one.records}) > 1]
     if changed:
         yield f"the method's code changed between the runs of {', '.join(changed)}"
 
 
 def _differences(groups: Sequence[Group]) -> Iterable[str]:
-    """Every method against the first one, over common seeds: paired, so narrower than two intervals."""
+    """Every method against the first one, over common seeds.
+
+    Pairing takes out what a seed does to both rows: the student's start and the order of random numbers. In committed
+    records that is little, so that these intervals are about as wide as two independent rows' would be at so many seeds.
+    """
     methods = [one for one in groups if not one.is_control]
     found = [
         (other.label, paired_difference(other.last(), methods[0].last()))
@@ -342,7 +360,8 @@ def _differences(groups: Sequence[Group]) -> Iterable[str]:
     ]
     if parts:
         n = f", n = {counts.pop()}" if len(counts) == 1 else ""
-        yield f"difference to {methods[0].label} over common seeds{n} [points]: {', '.join(parts)}"
+        each = "; each interval is for one difference, not for all of them at once" if len(parts) > 1 else ""
+        yield f"difference to {methods[0].label} over common seeds{n} [points]: {', '.join(parts)}{each}"
 
 
 def _by_value(groups: Sequence[Group], fact: Callable[[Record], str], always: bool = False) -> str:
