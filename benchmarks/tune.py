@@ -154,7 +154,9 @@ def tune(
         trials = [
             Trial(method, drawn)
             for method, search in searches.items()
-            for drawn in draw_trials(search, present_settings(dataset, protocol, method, search, found), count, f"{dataset}/{method}")
+            for drawn in draw_trials(
+                search, present_settings(dataset, protocol, method, search, found), count, f"{dataset}/{method}"
+            )
         ]
     trials = run_trials(dataset, protocol, trials, seeds[:1], home, found)
     rank = {

@@ -21,6 +21,7 @@ class Clock:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._seconds = dict.fromkeys(PHASES, 0.0)
+        self._processor: float | None = None if device.type == "cuda" else 0.0
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
 
     @contextmanager
@@ -35,11 +36,13 @@ class Clock:
                 end.record(torch.cuda.current_stream(self._device))
                 self._events.append((name, begin, end))
             return
-        start = time.perf_counter()
+        start, work = time.perf_counter(), time.process_time()
         try:
             yield
         finally:
             self._seconds[name] += time.perf_counter() - start
+            if name not in NOT_COUNTED and self._processor is not None:
+                self._processor += time.process_time() - work
 
     def settle(self) -> dict[str, float]:
         """Seconds of each phase so far."""
@@ -50,9 +53,18 @@ class Clock:
             self._events.clear()
         return dict(self._seconds)
 
-    def resume(self, seconds: Mapping[str, float]) -> None:
-        """Go on from the time already spent before an interruption."""
+    @property
+    def processor(self) -> float | None:
+        """Processor time of the phases that count, all threads [s]; None on a GPU.
+
+        A run that has less of it than seconds was kept waiting by something else on the machine.
+        """
+        return self._processor
+
+    def resume(self, seconds: Mapping[str, float], processor: float | None = None) -> None:
+        """Go on from the time already spent before an interruption; None: nobody knows its processor time."""
         self._seconds.update(seconds)
+        self._processor = processor
 
 
 def total(seconds: Mapping[str, float]) -> float:

@@ -50,6 +50,10 @@ class Score(Frozen):
     epoch: int
 
 
+OWN_SHARE = 0.9
+"""Of a run's time its process has the processor at least so much, where nothing disturbs it."""
+
+
 class TeacherFacts(Frozen):
     """The teacher a run had: accuracy [%] on the run's held-out images, SHA-256 of the weights, where from.
 
@@ -112,6 +116,7 @@ class Record(Frozen):
     last: Score | None = None
     best: Score | None = None
     seconds: dict[str, float] = {}
+    processor_seconds: float | None = None  # of the phases that count, all threads; None: on a GPU, or not recorded
     counters: Counters = Counters()
     peak_memory: int | None = Field(None, description="bytes: GPU allocator, or resident memory on the CPU")
     scalars: dict[str, float | None] = {}  # the method's own, last epoch's mean
@@ -129,6 +134,11 @@ class Record(Frozen):
     def total_seconds(self) -> float:
         """Headline time: all phases but evaluation and measuring."""
         return total(self.seconds)
+
+    @property
+    def was_slowed(self) -> bool:
+        """Whether something else on the machine had the processor for more than a tenth of the headline time."""
+        return self.processor_seconds is not None and self.processor_seconds < OWN_SHARE * self.total_seconds
 
     def is_fresh(self, sources: Container[str]) -> bool:
         """Whether it is of today's protocol and of the method's code with one of these hashes, and no failure."""

@@ -217,6 +217,7 @@ class _Run:
             last=self.last,
             best=self.best,
             seconds={name: round(value, 4) for name, value in self.clock.settle().items()},
+            processor_seconds=None if self.clock.processor is None else round(self.clock.processor, 4),
             counters=counters,
             peak_memory=memory,
             scalars={name: _finite(value.item()) for name, value in bench.scalars.items()} if reason is None else {},
@@ -435,6 +436,7 @@ class _Run:
             "random": random_state(self.device),
             "streams": {name: stream.get_state() for name, stream in bench.streams.items()},
             "seconds": self.clock.settle(),
+            "processor": self.clock.processor,
             "counts": vars(bench.counts),
             "curve": [point.model_dump() for point in self.curve],
             "best": None if self.best is None else self.best.model_dump(),
@@ -459,7 +461,7 @@ class _Run:
         self.curve = [Point(**point) for point in state["curve"]]
         self.best = Score(**state["best"]) if state["best"] else None
         self.last = Score(**state["last"]) if state["last"] else None
-        self.clock.resume(state["seconds"])
+        self.clock.resume(state["seconds"], state.get("processor"))
         self.watch.recall([(path, phase) for path, phase in state["files"]])
         self.resumes = state["resumes"] + 1
         restore_random_state(state["random"], self.device)

@@ -232,6 +232,14 @@ def test_seconds_without_a_level_are_those_of_the_whole_run() -> None:
     assert (found.mean_a, found.mean_b) == (30, 50)
 
 
+def test_times_of_a_run_that_other_work_slowed_decide_nothing() -> None:
+    a = accuracies("a", (90, 90), seconds=30.0, processor_seconds=29.0)
+    b = accuracies("b", (90, 90), seconds=50.0, processor_seconds=40.0)
+    found = compare(a, b, measure="seconds")
+    assert (found.outcome, found.remarks) == ("undecided", ("undecided, since other work slowed runs of b",))
+    assert compare(a, b, margin=-1.0).outcome == "supported"
+
+
 def test_a_level_of_a_teacher_of_unknown_accuracy_is_not_recorded() -> None:
     unknown = TeacherFacts(model="convnet16", accuracy=None, sha256="5f" * 32, origin="imported")
     a, b = (curves(name, [(50, 95)] * 2, teacher=unknown) for name in "ab")

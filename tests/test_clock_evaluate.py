@@ -24,7 +24,7 @@ def tick(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
         nonlocal now
         now += seconds
 
-    monkeypatch.setattr(clock_module, "time", types.SimpleNamespace(perf_counter=lambda: now))
+    monkeypatch.setattr(clock_module, "time", types.SimpleNamespace(perf_counter=lambda: now, process_time=lambda: now))
     return move
 
 
@@ -69,6 +69,27 @@ def test_time_from_before_an_interruption_is_kept(tick: Callable[[float], None])
     with after.phase("synthesis"):
         tick(1)
     assert after.settle()["synthesis"] == 5
+
+
+def test_processor_time_is_that_of_the_phases_that_count(
+    tick: Callable[[float], None],
+) -> None:
+    before, after = Clock(CPU), Clock(CPU)
+    for name, seconds in (("synthesis", 3.0), ("evaluation", 5.0)):
+        with before.phase(name):
+            tick(seconds)
+    after.resume(before.settle(), before.processor)
+    with after.phase("distillation"):
+        tick(4)
+    assert (before.processor, after.processor) == (3, 7)
+
+
+def test_processor_time_that_nobody_knows_stays_unknown() -> None:
+    clock = Clock(CPU)
+    clock.resume({"synthesis": 4.0})
+    with clock.phase("synthesis"):
+        pass
+    assert clock.processor is None
 
 
 def test_the_headline_leaves_out_evaluation() -> None:

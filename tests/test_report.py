@@ -441,6 +441,13 @@ def test_runs_of_several_commits_are_noted() -> None:
     assert noted(cifar10(*runs), "runs were made at several commits (aaaaaaa, bbbbbbb)")
 
 
+@pytest.mark.parametrize(("processor", "slowed"), [(None, False), (9.5, False), (8.9, True)])
+def test_runs_that_other_work_slowed_are_named(processor: float | None, slowed: bool) -> None:
+    changes = {"seconds": {"synthesis": 10.0}, "processor_seconds": processor}
+    table = cifar10(cifar_run("fm").model_copy(update=changes))
+    assert ("other work had the processor during runs of fm: their seconds are too long" in table.notes) == slowed
+
+
 def test_changed_code_is_noted() -> None:
     other = MethodFacts(origin="built-in", distribution="dfkd-bench", version="0.1.0", source_sha256="00" * 32)
     table = cifar10(cifar_run("fm", 0), cifar_run("fm", 1).model_copy(update={"method": other}))

@@ -333,6 +333,9 @@ def _warnings(groups: Sequence[Group], rows: Sequence[Row]) -> Iterable[str]:
         yield f"{CONCURRENT} made by several concurrent workers: times are not comparable with exclusive runs"
     if len({_machine(record) for record in scored}) > 1:
         yield "times come from different hardware and are not comparable"
+    slowed = [one.label for one in groups if any(record.was_slowed for record in one.scored)]
+    if slowed:
+        yield f"other work had the processor during runs of {', '.join(slowed)}: their seconds are too long"
     commits = sorted({str(record.git["commit"])[:7] for record in scored if record.git.get("commit")})
     if len(commits) > 1:
         yield f"runs were made at several commits ({', '.join(commits)}), which may differ in speed"

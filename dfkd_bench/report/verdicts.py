@@ -158,10 +158,10 @@ def _compare(claim: Claim, a: RowRecords, b: RowRecords) -> Comparison:
     if claim.factor is not None and any(one.value <= 0 for pair in pairs.values() for one in pair):
         return replace(nothing, remarks=("a ratio needs values above 0",))
     matched = [(runs_a[seed], runs_b[seed]) for seed in pairs]
-    blocked = _clocks_differ(claim, matched) or _times_differ(claim, matched)
+    labels = (a.row.label, b.row.label)
+    blocked = _clocks_differ(claim, matched) or _were_slowed(claim, labels, matched) or _times_differ(claim, matched)
     effect = _effect(claim, list(pairs.values()))
     outcome = decide(claim.kind, effect, claim.margin if claim.factor is None else claim.factor)
-    labels = (a.row.label, b.row.label)
     return Comparison(
         *labels,
         mean_a=fmean(pair[0].value for pair in pairs.values()),
@@ -219,6 +219,12 @@ def _clocks_differ(claim: Claim, matched: Sequence[tuple[Record, Record]]) -> st
     if timed and len({machine(record) for pair in matched for record in pair}) > 1:
         return "undecided, since times come from different machines or numbers of workers"
     return ""
+
+
+def _were_slowed(claim: Claim, labels: tuple[str, str], matched: Sequence[tuple[Record, Record]]) -> str:
+    timed = claim.measure in ("seconds", "accuracy_at_equal_seconds") or claim.time_within is not None
+    slowed = [label for index, label in enumerate(labels) if any(pair[index].was_slowed for pair in matched)]
+    return f"undecided, since other work slowed runs of {', '.join(slowed)}" if timed and slowed else ""
 
 
 def _times_differ(claim: Claim, matched: Sequence[tuple[Record, Record]]) -> str:
