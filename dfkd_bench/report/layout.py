@@ -348,7 +348,7 @@ def _differences(groups: Sequence[Group]) -> Iterable[str]:
     """Every method against the first one, over common seeds.
 
     Pairing takes out what a seed does to both rows: the student's start and the order of random numbers. In committed
-    records that is little, so that these intervals are about as wide as two independent rows' would be at so many seeds.
+    records that is little: the variance of a difference is about the sum of both.
     """
     methods = [one for one in groups if not one.is_control]
     found = [
