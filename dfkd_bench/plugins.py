@@ -172,6 +172,7 @@ class Plugins:
                 f"method '{name}' ({source.describe()}) has 'training_data' in `needs`, which only a control may have: "
                 "take it out, or set the family in `CARD` to 'control'"
             )
+        _refuse_other_settings(source, found)
         return found
 
 
@@ -188,9 +189,14 @@ def discover(files: Sequence[Path] = ()) -> Plugins:
             origin = f"entry point of {entry.dist.name if entry.dist else 'unknown'}"
             _refuse_clash(origins, group, entry.name, origin)
             try:
-                found[group][entry.name] = entry.load()
+                value = entry.load()
             except (Exception, SystemExit) as error:  # a foreign package may raise anything: a line, not a crash
                 broken[entry.name] = f"{group} plugin '{entry.name}' ({entry.value}) fails to import: {_line(error)}"
+                continue
+            if wrong := _wrong_kind(group, value):
+                broken[entry.name] = f"{group} plugin '{entry.name}' ({entry.value}) {wrong}"
+            else:
+                found[group][entry.name] = value
     for path in files:
         module = _import_file(path)
         if _method_classes(module):
@@ -201,6 +207,8 @@ def discover(files: Sequence[Path] = ()) -> Plugins:
                 raise UserError(f"plugin {path}: {group.upper()} is no dictionary by name")
             for name, value in values.items():
                 _refuse_clash(origins, group, name, f"file {path}")
+                if wrong := _wrong_kind(group, value):
+                    raise UserError(f"plugin {path}: {group.upper()}['{name}'] {wrong}")
                 found[group][name] = value
     return Plugins(methods, files=tuple(path.resolve() for path in files), broken=broken, **found)
 
@@ -230,6 +238,38 @@ def _refuse_clash(origins: dict[tuple[str, str], str], group: str, name: str, or
     if other is not None:
         raise UserError(f"two {group} are called '{name}': {other} and {origin}")
     origins[group, name] = origin
+
+
+def _wrong_kind(group: str, value: object) -> str | None:
+    """What is wrong with a data set of a plugin, said of it; None if it is one, or of a group not looked at here."""
+    if group != "datasets":
+        return None
+    from dfkd_bench.data import DataSet
+
+    return None if isinstance(value, DataSet) else f"{_what(value)}, expected a dfkd_bench.data.DataSet(...)"
+
+
+def _refuse_other_settings(source: Source, method: type[Method]) -> None:
+    """``published`` and ``smoke`` are read by whoever plans, lists or describes: what is no table of settings ends
+    here, in a line with its place."""
+    from dfkd_bench.method import Published
+
+    expected = "expected a dfkd_bench.method.Published by data set, or by DATASET/TEACHER:STUDENT"
+    for table in ("published", "smoke"):
+        at = f"method '{source.name}' ({source.describe()}): {table}"
+        entries = getattr(method, table)
+        if not isinstance(entries, Mapping):
+            raise UserError(f"{at} {_what(entries)}, {expected}")
+        for key, entry in entries.items():
+            if not isinstance(key, str):
+                raise UserError(f"{at} has the key {key!r}, {expected}")
+            if not isinstance(entry, Published):
+                raise UserError(f"{at}['{key}'] {_what(entry)}, {expected}")
+
+
+def _what(value: object) -> str:
+    """A value of the wrong kind, in an error's words."""
+    return f"is the class {value.__name__}" if inspect.isclass(value) else f"is of type {type(value).__name__}"
 
 
 def _built_in_names(group: str) -> Sequence[str]:

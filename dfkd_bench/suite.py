@@ -228,9 +228,15 @@ def all_methods(found: Plugins, protocol: ProtocolName, dataset: str) -> tuple[s
     cards = {name: source.card() for name, source in found.methods.items()}
     free = [name for name, card in cards.items() if card.get("family") != "control"]
     lead = defaults()["lead_method"]
-    order = sorted(free, key=lambda name: (name != lead, cards[name].get("year") or 0, name))
+    order = sorted(free, key=lambda name: (name != lead, _year(cards[name]), name))
     table = settings_table(protocol, dataset)
     return tuple(name for name in order if _tables(found.method(name))[table])
+
+
+def _year(card: Mapping[str, Any]) -> int:
+    """The year of a ``CARD``, 0 if it has none: a plugin may have written anything there."""
+    year = card.get("year")
+    return year if isinstance(year, int) else 0
 
 
 def _tables(method: type[Method]) -> Mapping[str, Mapping[str, Published]]:

@@ -360,22 +360,33 @@ def _read_foreign(file: Path) -> dict[str, Tensor]:
 
 
 def _check_fits(state: Mapping[str, Tensor], model: nn.Module, file: Path, name: str, dataset: DataSet) -> None:
+    if trouble := _other_names(state, model):
+        raise UserError(f"{file.name} does not fit {name}: {trouble}")
+    if trouble := _other_shape(state, model):
+        raise UserError(
+            f"{file.name} does not fit {name} for {dataset.name} ({dataset.num_classes} classes): {trouble}"
+        )
+
+
+def _misfit(state: Mapping[str, Tensor], model: nn.Module) -> str:
+    """Why a state dict can't be loaded into a model, in words; "" if it can."""
+    return _other_names(state, model) or _other_shape(state, model)
+
+
+def _other_names(state: Mapping[str, Tensor], model: nn.Module) -> str:
     wanted = model.state_dict()
     missing = [key for key in wanted if key not in state]
     foreign = [key for key in state if key not in wanted]
-    if missing or foreign:
-        text = "; ".join(
-            f"{len(keys)} {kind} (first: {keys[0]})"
-            for kind, keys in (("missing", missing), ("unknown", foreign))
-            if keys
-        )
-        raise UserError(f"{file.name} does not fit {name}: {text}")
-    for key, tensor in wanted.items():
+    return "; ".join(
+        f"{len(keys)} {kind} (first: {keys[0]})" for kind, keys in (("missing", missing), ("unknown", foreign)) if keys
+    )
+
+
+def _other_shape(state: Mapping[str, Tensor], model: nn.Module) -> str:
+    for key, tensor in model.state_dict().items():
         if state[key].shape != tensor.shape:
-            raise UserError(
-                f"{file.name} does not fit {name} for {dataset.name} ({dataset.num_classes} classes): {key} has shape "
-                f"{list(state[key].shape)}, {list(tensor.shape)} was expected"
-            )
+            return f"{key} has shape {list(state[key].shape)}, {list(tensor.shape)} was expected"
+    return ""
 
 
 def _load_weights(place: Path, card: TeacherCard, dataset: DataSet, models: Builders | None) -> nn.Module:
@@ -396,6 +407,12 @@ def _load_weights(place: Path, card: TeacherCard, dataset: DataSet, models: Buil
     except SafetensorError as error:
         raise UserError(f"{path} is damaged: {error}") from None
     model = build_model(card.model, card.classes, card.channels, models)
+    if trouble := _misfit(state, model):
+        whose = f"model {card.model} of the plugin" if card.model in (models or {}) else f"model {card.model}"
+        raise UserError(
+            f"teacher {place.name} does not fit {whose} any more: {trouble}. Give the model its old form back, or "
+            f"delete {place} and train anew"
+        )
     model.load_state_dict(state)
     return model.eval().requires_grad_(False)
 
@@ -424,6 +441,8 @@ def _resume(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, devi
     try:
         state = load_tree(path)
     except ValueError:  # a damaged checkpoint of a teacher costs only time: start anew
+        return 0, 0.0
+    if _misfit(state["model"], model):  # so does one of a plugin's model that was changed since
         return 0, 0.0
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])

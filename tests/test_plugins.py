@@ -203,6 +203,35 @@ def test_a_list_in_place_of_a_dictionary_is_one_line(write: Callable[[str, str],
         discover([write("listed", "MODELS = ['a']")])
 
 
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ("DataSet", r"DATASETS\['mine'\] is the class DataSet, expected a dfkd_bench.data.DataSet\(...\)"),
+        ("3", r"DATASETS\['mine'\] is of type int, expected"),
+    ],
+)
+def test_what_is_no_data_set_is_one_line(value: str, words: str, write: Callable[[str, str], Path]) -> None:
+    with pytest.raises(UserError, match=words):
+        discover([write("mine", f"from dfkd_bench.data import DataSet\nDATASETS = {{'mine': {value}}}")])
+
+
+@pytest.mark.parametrize("table", ["published", "smoke"])
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ("{'digits': 3}", r"\['digits'\] is of type int, expected a dfkd_bench.method.Published"),
+        ("{3: None}", " has the key 3, expected"),
+        ("['digits']", " is of type list, expected"),
+    ],
+)
+def test_what_is_no_table_of_settings_is_one_line(
+    table: str, value: str, words: str, write: Callable[[str, str], Path]
+) -> None:
+    found = discover([write("mine", f"{METHOD}\nToy.{table} = {value}\n")])
+    with pytest.raises(UserError, match=rf"method 'mine' \(file .*\): {table}{words}"):
+        found.method("mine")
+
+
 # --- Entry points -----------------------------------------------------------------------------------------------------
 
 
@@ -252,6 +281,13 @@ def test_a_broken_data_set_of_another_package_stops_nothing(install: Install) ->
     found = discover()
     assert "nayer" in found.methods
     assert found.broken["theirs"].startswith("datasets plugin 'theirs' (their_bad_data:x) fails to import: ")
+
+
+def test_what_is_no_data_set_of_another_package_stops_nothing(install: Install) -> None:
+    install("their_number", "x = 1", "[dfkd_bench.datasets]\ntheirs = their_number:x\n")
+    found = discover()
+    assert "theirs" not in found.datasets
+    assert found.broken["theirs"].startswith("datasets plugin 'theirs' (their_number:x) is of type int, expected ")
 
 
 def test_a_data_set_of_another_package_does_not_replace_a_built_in_one(install: Install) -> None:

@@ -137,6 +137,12 @@ def test_all_are_the_data_free_methods_with_settings_the_lead_method_first() -> 
     assert not {"scratch", "real_kd", "noise_kd", "ood_kd"} & set(every)
 
 
+def test_a_year_that_is_no_number_comes_first_among_all(tmp_path: Path) -> None:
+    text = "from dfkd_bench.methods.fm import FastMeta\nCARD = {'year': '2020'}\nclass Mine(FastMeta): pass\n"
+    (tmp_path / "mine.py").write_text(text)
+    assert suite.all_methods(plugins.discover([tmp_path / "mine.py"]), "smoke", "digits")[:2] == ("nayer", "mine")
+
+
 BASE = 'title = "t"\ndataset = "digits"\n'
 
 

@@ -297,6 +297,39 @@ def test_verify_sees_another_accuracy(at_hand: Path) -> None:
     assert at_hand.name in one_line(caught)
 
 
+def flat(width: int) -> Callable[[int, int], nn.Module]:
+    """A plugin's model, as its file has it at some time."""
+    return lambda classes, channels: nn.Sequential(
+        nn.Flatten(), nn.Linear(64 * channels, width), nn.Linear(width, classes)
+    )
+
+
+def test_a_teacher_of_a_plugins_model_that_was_changed_is_one_line(data_only: Path) -> None:
+    spec = TeacherSpec(model="flat", recipe=Recipe(epochs=1, include_validation=False))
+    teachers.train(DIGITS, spec, Compute(CPU), models={"flat": flat(5)})
+    place = teachers.folder(DIGITS, spec)
+    with pytest.raises(
+        UserError, match=r"does not fit model flat of the plugin any more: 1\.weight has shape"
+    ) as caught:
+        teachers.verify(place, DIGITS, None, {"flat": flat(6)})
+    assert str(place) in one_line(caught)
+
+
+def test_the_training_of_a_plugins_model_that_was_changed_starts_anew(data_only: Path) -> None:
+    epochs: list[int] = []
+
+    def stop(progress: TrainingProgress) -> None:
+        epochs.append(progress.epoch)
+        if len(epochs) == 2:  # the first is saved
+            raise KeyboardInterrupt
+
+    spec = TeacherSpec(model="flat", recipe=Recipe(epochs=3, include_validation=False))
+    with pytest.raises(KeyboardInterrupt):
+        teachers.train(DIGITS, spec, Compute(CPU), models={"flat": flat(5)}, report=stop)
+    teachers.train(DIGITS, spec, Compute(CPU), models={"flat": flat(6)}, report=stop)
+    assert epochs == [1, 2, 1, 2, 3]
+
+
 def test_the_list_holds_every_teacher(at_hand: Path) -> None:
     assert [(place, card.spec) for place, card in teachers.list_teachers()] == [(at_hand, SPEC)]
 
