@@ -404,7 +404,9 @@ def teacher_train(
 
 @teacher_app.command("import")
 def teacher_import(
-    file: Annotated[Path, typer.Argument(help="A .pth file, such as cifar10_resnet34.pth of the CMI archive.")],
+    file: Annotated[
+        Path, typer.Argument(help="A .pth or .safetensors file, such as cifar10_resnet34.pth of the CMI archive.")
+    ],
     dataset: Annotated[str | None, typer.Option("--dataset", "-d", help="Default: from the file's name.")] = None,
     model: Annotated[str | None, typer.Option(help="Default: from the file's name.")] = None,
     minimum: Annotated[float | None, typer.Option(help="Refuse below this test accuracy [%].")] = None,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
@@ -58,18 +57,35 @@ def import_(
     found: Plugins,
 ) -> str:
     """Import a checkpoint; data set and model may come from a name such as cifar10_resnet34.pth."""
-    guess = re.fullmatch(r"([a-z0-9]+(?:_imagenet|_mnist)?)_([a-z0-9_]+)", file.stem.lower().replace("-", "_"))
-    dataset_name = dataset_name or (guess[1] if guess else None)
-    model = model or (guess[2] if guess else None)
-    if dataset_name is None or model is None:
-        raise UserError(f"{file.name} does not tell data set and model: give --dataset and --model")
     if not file.is_file():
         raise UserError(f"there is no file {file}")
-    if model not in model_names() and model not in found.models:
-        suite.parse_pair(f"{model}:{model}", found)
+    guess = _told_by(file, found)
+    dataset_name, model = dataset_name or guess[0], model or guess[1]
+    if dataset_name is None or model is None:
+        missing = {"data set": ("--dataset", dataset_name), "model": ("--model", model)}
+        words = [(what, option) for what, (option, given) in missing.items() if given is None]
+        what, options = (" and ".join(part) for part in zip(*words, strict=True))
+        raise UserError(f"{file.name} does not tell its {what}, as cifar10_resnet34.pth does: give {options}")
+    suite.parse_pair(f"{model}:{model}", found)
     dataset = data.dataset(dataset_name, data_root, found.datasets)
     card = teachers.import_checkpoint(file, dataset, model, data_root, minimum, found.models)
     return _line(teachers.folder(dataset, card.spec), card)
+
+
+def _told_by(file: Path, found: Plugins) -> tuple[str, str] | tuple[None, None]:
+    """Data set and model, if the file's name is one of each. Other names tell nothing: best_model.pth has no model."""
+    datasets = {_plain(name): name for name in (*data.dataset_names(), *found.datasets)}
+    models = {_plain(name): name for name in (*model_names(), *found.models)}
+    words = _plain(file.stem).split("_")
+    for end in range(1, len(words)):
+        dataset, model = "_".join(words[:end]), "_".join(words[end:])
+        if dataset in datasets and model in models:
+            return datasets[dataset], models[model]
+    return None, None
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace("-", "_")
 
 
 def list_() -> Table | str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -308,7 +310,7 @@ def import_checkpoint(
     minimum: float | None = None,
     models: Builders | None = None,
 ) -> TeacherCard:
-    """Take over a foreign ``.pth`` file: a dictionary with ``state_dict`` (or a state dict itself).
+    """Take over a foreign ``.pth`` or ``.safetensors`` file: a state dict, or a dictionary with one (``_STATE_KEYS``).
 
     The key names are those of zju-vipa/CMI's modules, ``module.`` prefixes are dropped. Read with
     ``weights_only=True``; what doesn't fit is refused. ``minimum``: refuse below this test accuracy [%]; default:
@@ -316,6 +318,7 @@ def import_checkpoint(
     """
     state = _read_foreign(file)
     model = build_model(model_name, dataset.num_classes, dataset.image_shape[0], models)
+    state = {**_batch_counters(model, state), **state}
     _check_fits(state, model, file, model_name, dataset)
     model.load_state_dict(state)
     model.eval()
@@ -344,19 +347,52 @@ def import_checkpoint(
     return _keep(folder(dataset, spec), model, card)
 
 
+_STATE_KEYS = ("state_dict", "model", "net")
+"""Under which a checkpoint may have its state dict: CMI and PyTorch's ImageNet example, torchvision's scripts,
+kuangliu's CIFAR networks."""
+
+
 def _read_foreign(file: Path) -> dict[str, Tensor]:
     if not file.is_file():
         raise UserError(f"there is no file {file}")
-    try:
-        content: Any = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds on foreign or damaged files
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{file} can't be read as weights only: {first[:160]}") from None
-    if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
-        content = content["state_dict"]
+    content = _read_safetensors(file) if file.suffix.lower() == ".safetensors" else _read_pickled(file)
+    if isinstance(content, Mapping):
+        content = next((content[key] for key in _STATE_KEYS if isinstance(content.get(key), Mapping)), content)
     if not isinstance(content, Mapping) or not content or not all(isinstance(v, Tensor) for v in content.values()):
-        raise UserError(f"{file} holds no state dict: expected a dictionary of tensors, or one under 'state_dict'")
+        keys = ", ".join(f"'{key}'" for key in _STATE_KEYS)
+        raise UserError(f"{file} holds no state dict: expected a dictionary of tensors, or one under any of {keys}")
     return {str(name).removeprefix("module."): tensor for name, tensor in content.items()}
+
+
+def _read_safetensors(file: Path) -> Any:
+    try:
+        return safetensors.torch.load(file.read_bytes())
+    except SafetensorError as error:
+        raise UserError(f"{file} can't be read: it is damaged, or no .safetensors file ({error})") from None
+
+
+def _read_pickled(file: Path) -> Any:
+    """What ``torch.save`` has written, read as weights only: nothing that a pickle names is run."""
+    try:
+        with warnings.catch_warnings():  # about TorchScript, in many lines
+            warnings.simplefilter("ignore")
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds on foreign or damaged files, with advice about its own options
+        text = str(error)
+    if found := re.search(r"GLOBAL ([\w.]+)|TorchScript", text):
+        holds = f" it holds {found[1]}" if found[1] else ""
+        raise UserError(
+            f"{file} is no plain state dict (a pickled module?{holds}): save it with "
+            f"`torch.save(model.state_dict(), {file.name!r})`"
+        )
+    raise UserError(f"{file} can't be read as weights: it is damaged, or no file that torch.save has written")
+
+
+def _batch_counters(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """BatchNorm's counters of batches if ``state`` has none at all: PyTorch before 0.4.1 wrote none, and torchvision's
+    oldest files are of that time. No answer of a model depends on them."""
+    ours = {name: value for name, value in model.state_dict().items() if name.endswith(".num_batches_tracked")}
+    return {} if ours.keys() & state.keys() else ours
 
 
 def _check_fits(state: Mapping[str, Tensor], model: nn.Module, file: Path, name: str, dataset: DataSet) -> None:

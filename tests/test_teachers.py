@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+import torchvision
 from torch import Tensor, nn
 
 from dfkd_bench import compute, plugins, teacher_commands, teachers
@@ -347,15 +348,35 @@ def test_verify_of_an_unknown_name_lists_those_at_hand(at_hand: Path) -> None:
 
 
 @pytest.mark.parametrize("prefix", ["", "module."])
-@pytest.mark.parametrize("nested", [True, False])
-def test_a_foreign_checkpoint_is_taken_over(prefix: str, nested: bool, at_hand: Path, pth: Callable[..., Path]) -> None:
+@pytest.mark.parametrize("key", ["", "state_dict", "model", "net"])
+def test_a_foreign_checkpoint_is_taken_over(prefix: str, key: str, at_hand: Path, pth: Callable[..., Path]) -> None:
     weights = weights_of(at_hand)
     state = {prefix + name: value for name, value in weights.items()}
-    card = import_checkpoint(pth({"state_dict": state, "epoch": 3} if nested else state), DIGITS, "convnet8")
+    card = import_checkpoint(pth({key: state, "epoch": 3} if key else state), DIGITS, "convnet8")
     assert card.accuracy["test"] == teachers.read_card(at_hand).accuracy["test"]
     assert (card.origin, card.spec.recipe, card.spec.sha256) == ("imported from foreign.pth", None, card.sha256)
     loaded = teachers.load(DIGITS, card.spec, CPU).model.state_dict()
     assert all(torch.equal(value, loaded[name]) for name, value in weights.items())
+
+
+def test_a_safetensors_file_is_taken_over(at_hand: Path, tmp_path: Path) -> None:
+    file = shutil.copy(at_hand / "weights.safetensors", tmp_path / "digits_convnet8.safetensors")
+    line = teacher_commands.import_(file, None, None, None, None, plugins.discover())
+    assert f"{teachers.read_card(at_hand).accuracy['test']:.2f} % test accuracy" in line
+
+
+def test_a_file_without_counters_of_batches_is_taken_over(at_hand: Path, pth: Callable[..., Path]) -> None:
+    weights = {name: value for name, value in weights_of(at_hand).items() if not name.endswith("num_batches_tracked")}
+    card = import_checkpoint(pth(weights), DIGITS, "convnet8")
+    assert card.accuracy["test"] == teachers.read_card(at_hand).accuracy["test"]
+
+
+@pytest.mark.parametrize("depth", [18, 34, 50])
+def test_torchvisions_resnets_fit_by_their_names(depth: int) -> None:
+    with torch.device("meta"):
+        theirs = getattr(torchvision.models, f"resnet{depth}")().state_dict()
+        ours = build_model(f"resnet{depth}_imagenet", 1000)
+    assert teachers._misfit(theirs, ours) == ""
 
 
 def test_the_newest_import_is_found(at_hand: Path, pth: Callable[..., Path]) -> None:
@@ -387,8 +408,14 @@ def renamed() -> dict[str, Tensor]:
         (renamed, "does not fit convnet8: 2 missing (first: classifier.weight); 2 unknown (first: fc.weight)"),
         (lambda: random_state(100), "does not fit convnet8 for digits (10 classes): classifier.weight has shape [100,"),
         (lambda: random_state(10, 3), "does not fit convnet8 for digits (10 classes): "),
-        (lambda: {"state_dict": random_state(), "args": Foreign()}, "can't be read as weights only"),
-        (lambda: build_model("convnet8", 10, 1), "can't be read as weights only"),
+        (
+            lambda: {"state_dict": random_state(), "args": Foreign()},
+            "is no plain state dict (a pickled module? it holds posix.system)",
+        ),
+        (
+            lambda: build_model("convnet8", 10, 1),
+            "holds dfkd_bench.models.convnet.ConvNet): save it with `torch.save(model.state_dict(), 'foreign.pth')`",
+        ),
         (lambda: [1, 2], "holds no state dict"),
         (lambda: {"epoch": 3}, "holds no state dict"),
         (dict, "holds no state dict"),
@@ -408,12 +435,13 @@ def test_what_does_not_fit_is_refused_in_one_line(
     assert "must not run" not in capfd.readouterr().out
 
 
-def test_a_file_that_is_no_checkpoint(tmp_path: Path, data_only: Path) -> None:
-    file = tmp_path / "garbage.pth"
+@pytest.mark.parametrize("name", ["garbage.pth", "garbage.safetensors"])
+def test_a_file_that_is_no_checkpoint(name: str, tmp_path: Path, data_only: Path) -> None:
+    file = tmp_path / name
     file.write_bytes(b"garbage")
-    with pytest.raises(UserError, match=r"garbage\.pth can't be read") as caught:
+    with pytest.raises(UserError, match=f"{name} can't be read.* it is damaged, or no") as caught:
         import_checkpoint(file, DIGITS, "convnet8")
-    one_line(caught)
+    assert len(one_line(caught)) < 200 + len(str(tmp_path))
 
 
 def test_a_checkpoint_near_chance_is_refused(data_only: Path, pth: Callable[..., Path]) -> None:
@@ -497,9 +525,13 @@ def test_the_files_name_tells_data_set_and_model(at_hand: Path, pth: Callable[..
 @pytest.mark.parametrize(
     ("name", "dataset_name", "model", "words"),
     [
-        ("teacher.pth", None, None, "does not tell data set and model"),
-        ("digit_convnet8.pth", None, None, "unknown data set 'digit': did you mean 'digits'"),
-        ("digits_convnet9.pth", None, None, "unknown model 'convnet9': did you mean 'convnet"),
+        ("teacher.pth", None, None, "does not tell its data set and model, as cifar10_resnet34.pth does: give --data"),
+        ("best_model.pth", None, None, "does not tell its data set and model"),
+        ("best_model.pth", "digits", None, "does not tell its model, as cifar10_resnet34.pth does: give --model"),
+        ("resnet18-f37072fd.pth", None, "resnet18_imagenet", "does not tell its data set,"),
+        ("digits_convnet9.pth", None, None, "does not tell its data set and model"),
+        ("teacher.pth", "digit", "convnet8", "unknown data set 'digit': did you mean 'digits'"),
+        ("teacher.pth", "digits", "convnet9", "unknown model 'convnet9': did you mean 'convnet"),
         ("gone.pth", "digits", "convnet8", "there is no file"),
     ],
 )
