@@ -172,6 +172,11 @@ def table(
         raise unknown("format", form, FORMATS)
     found = _plugins(asked.plugin)
     if (ablation := _ablation_if_named(asked, found)) is not None:
+        if diversity:
+            raise UserError(
+                f"--diversity is for suites, and {ablation.name} is an ablation: leave it out (an ablation's file has "
+                '`columns = ["diversity"]` for it)'
+            )
         printing.ablation(_ablation_at_hand(asked, ablation, found), form)
         return
     chosen = _suite(asked, found)
@@ -539,6 +544,8 @@ def _ablation_if_named(asked: TableOptions, found: Plugins) -> Ablation | None:
         return None
     if asked.methods is not None:
         raise UserError(f"ablation {asked.suite} names its methods itself: leave out --methods")
+    if not asked.controls:
+        raise UserError(f"ablation {asked.suite} has no controls: leave out --no-controls")
     return _ablation(asked.suite, asked, found)
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, TypeVar
 from rich.console import Console
 from rich.text import Text
 
-from dfkd_bench.errors import UserError, unknown
+from dfkd_bench.errors import UserError
 
 if TYPE_CHECKING:
     from dfkd_bench.ablation_plan import AblationPlan
@@ -181,8 +181,6 @@ def ablation(planned: AblationPlan, form: str) -> None:
     """Print the table of the records at hand."""
     from dfkd_bench.report import ablation_table
 
-    if form not in ablation_table.FORMATS:
-        raise unknown("format of an ablation", form, ablation_table.FORMATS)
     built = ablation_table.build(planned.ablation, planned.results(planned.plan.records()))
     plain(ablation_table.to_text(built, out.width) if form == "text" else ablation_table.FORMATS[form](built))
 

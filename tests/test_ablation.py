@@ -31,6 +31,7 @@ from dfkd_bench.method import Schedule
 from dfkd_bench.plan import Plan
 from dfkd_bench.record import Counters, MethodFacts, Point, Record, Score, TeacherFacts
 from dfkd_bench.report import ablation_figure, ablation_table
+from dfkd_bench.report import table as tables
 from dfkd_bench.report.verdicts import Comparison, Effect, decide, judge, overall
 from dfkd_bench.run import Place
 from dfkd_bench.suite import ablation_names, expand, make_suite, read_suite, suite_names
@@ -601,6 +602,39 @@ def test_markdown_has_every_verdict_and_the_rule(built: ablation_table.AblationT
     assert text.rstrip().splitlines()[-1].startswith("rule: ")
 
 
+def test_latex_is_a_table_and_a_list_of_claims(built: ablation_table.AblationTable) -> None:
+    table, _, claims = ablation_table.to_latex(built).partition("\\end{table}")
+    assert r"a & 95.00 & ${}\pm2.48$ & \textgreater{}3.7 & 4.00 & 93.48\textsuperscript{1} & 3 &" in table
+    assert r"\item{} A is as good as b. \textbf{not supported}" in claims
+    assert r"  \item{} a (95.00) against b (90.00 \%): advantage +5.00 [+3.76, +6.24], n = 3: supported" in claims
+    assert claims.count(r"\begin{itemize}") == claims.count(r"\end{itemize}") == 1 + len(built.findings)
+    assert claims.rstrip().splitlines()[-1].startswith("rule: ")
+
+
+def test_claims_are_escaped_in_latex() -> None:
+    chosen, rows = example()
+    claims = (claim(text="50 % & more_noise", source="R&D {1}"),)
+    text = ablation_table.to_latex(ablation_table.build(chosen.model_copy(update={"claims": claims}), rows))
+    assert r"\item{} 50 \% \& more\_noise \textbf{" in text
+    assert r"\item{} source: R\&D \{1\}" in text
+
+
+def test_a_published_values_unit_is_escaped_in_latex() -> None:
+    chosen, rows = example()
+    share = Reference(table="SHARE", method="x")
+    with pytest.MonkeyPatch.context() as patch:
+        found = {"value": "3", "metric": "share", "unit": "%", "source": "s", "confidence": "c", "method": "x"}
+        row_of = {**dict.fromkeys(("teacher", "student", "epochs", "dataset"), ""), "table_id": "SHARE", **found}
+        patch.setattr(ablation_table, "published_rows", lambda: [row_of])
+        bare = [replace(item, row=item.row.model_copy(update={"published": (share,)})) for item in rows]
+        built = ablation_table.build(chosen.model_copy(update={"claims": ()}), bare)
+    assert r"3 \%\textsuperscript{1}" in ablation_table.to_latex(built)
+
+
+def test_an_ablation_has_the_formats_of_a_table() -> None:
+    assert list(ablation_table.FORMATS) == list(tables.FORMATS)
+
+
 def test_comparisons_as_csv_have_full_precision_and_bytes(built: ablation_table.AblationTable) -> None:
     lines = list(csv.DictReader(io.StringIO(ablation_table.verdicts_csv(built))))
     assert [line["verdict"] for line in lines] == ["supported", "not supported", "undecided", "undecided", "supported"]
@@ -769,6 +803,8 @@ def test_ablations_are_listed_with_their_command(command: Command) -> None:
         (("ablate", "smoke_digits"), "smoke_digits is a suite and no ablation"),
         (("run", "nayer_noise"), "`dfkd-bench ablate nayer_noise` runs it"),
         (("table", "nayer_noise", "-m", "fm"), "leave out --methods"),
+        (("table", "nayer_noise", "--diversity"), "--diversity is for suites, and nayer_noise is an ablation"),
+        (("table", "nayer_noise", "--no-controls"), "nayer_noise has no controls: leave out --no-controls"),
         (("table", "nayer_noise"), "there are no records of this ablation in"),
         (("plot", "nayer_noise"), "`dfkd-bench ablate nayer_noise` makes them; for bf16: --precision bf16"),
         (("ablate", "nayer_noise", "--rerun", "all"), "unknown value of --rerun 'all'"),
@@ -809,6 +845,7 @@ def test_ablate_prints_and_leaves_files_and_runs_nothing_twice(
     assert files == {f"figures/{stem}.png", *(f"ablations/{stem}{end}" for end in (".md", ".csv", "-verdicts.csv"))}
     assert command("ablate", *line)[1] == shown
     assert [len(ids) for ids in done] == [6, 0]
+    assert r"\end{table}" in command("table", *line, "-f", "latex")[1]
     assert command("table", *line)[1].strip() == shown.partition("\n\ntable: ")[0].strip()
 
 

@@ -116,6 +116,18 @@ def to_markdown(built: AblationTable) -> str:
     return tables.to_markdown(built.table) + "\n".join([*lines, "", _markdown(RULE)]) + "\n"
 
 
+def to_latex(built: AblationTable) -> str:
+    """A ``table`` environment that needs the package booktabs only, then the claims as a list and the rule."""
+    lines = ["", r"\paragraph{Claims}", r"\begin{itemize}"]
+    for finding, cited in zip(built.findings, built.citations, strict=True):
+        verdict = rf"\textbf{{{tables.latex(finding.outcome + _at_this_n(finding))}}}"
+        lines += [rf"\item{{}} {tables.latex(finding.claim.text)} {verdict}", r"  \begin{itemize}"]
+        # The braces: a text that begins with a bracket would be an option of \item.
+        lines += [rf"  \item{{}} {tables.latex(text)}" for text in _claim_lines(finding, cited)]
+        lines += [r"  \end{itemize}"]
+    return tables.to_latex(built.table) + "\n".join([*lines, r"\end{itemize}", tables.latex(RULE)]) + "\n"
+
+
 def to_csv(built: AblationTable) -> str:
     """The rows for machines, an empty line, and the comparisons (``verdicts_csv``)."""
     return tables.to_csv(built.table) + "\n" + verdicts_csv(built)
@@ -152,8 +164,13 @@ def verdicts_csv(built: AblationTable) -> str:
     return out.getvalue()
 
 
-FORMATS: Mapping[str, Callable[[AblationTable], str]] = {"text": to_text, "markdown": to_markdown, "csv": to_csv}
-"""The names that the command line offers."""
+FORMATS: Mapping[str, Callable[[AblationTable], str]] = {
+    "text": to_text,
+    "markdown": to_markdown,
+    "csv": to_csv,
+    "latex": to_latex,
+}
+"""The names that the command line offers: those of ``table.FORMATS``."""
 
 
 def describe_test(claim: Claim) -> str:

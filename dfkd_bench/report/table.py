@@ -12,7 +12,7 @@ from itertools import groupby
 from dfkd_bench.report.layout import PHASES, Column, Row, Table, accuracy, build
 from dfkd_bench.report.statistics import Interval
 
-__all__ = ["FORMATS", "Table", "build", "to_csv", "to_latex", "to_markdown", "to_text"]
+__all__ = ["FORMATS", "Table", "build", "latex", "to_csv", "to_latex", "to_markdown", "to_text"]
 
 WIDTH = 120
 """Characters a line of plain text, unless told otherwise."""
@@ -87,7 +87,7 @@ def to_latex(table: Table) -> str:
     """A ``table`` environment that needs the package booktabs only; the notes stand below in small type."""
     columns = table.columns
     spec = "".join(_latex_columns(column) for column in columns)
-    lines = [r"\begin{table}", r"\centering", rf"\caption{{{_latex(table.title)}}}"]
+    lines = [r"\begin{table}", r"\centering", rf"\caption{{{latex(table.title)}}}"]
     lines += [rf"\begin{{tabular}}{{{spec}}}", r"\toprule", *_latex_heading(columns)]
     section = ""
     for row in table.rows:
@@ -98,7 +98,7 @@ def to_latex(table: Table) -> str:
     lines += [r"\bottomrule", r"\end{tabular}", r"\par\smallskip", r"\begin{minipage}{\linewidth}\footnotesize"]
     notes = [*_labelled_remarks(table), *table.notes]
     notes += [f"[{number}] {text}" for number, text in enumerate(table.references, 1)]
-    lines += [_latex(note) + r"\par" for note in notes]
+    lines += [latex(note) + r"\par" for note in notes]
     return "\n".join([*lines, r"\end{minipage}", r"\end{table}"]) + "\n"
 
 
@@ -260,7 +260,8 @@ _LATEX = {
 }
 
 
-def _latex(text: str) -> str:
+def latex(text: str) -> str:
+    """Text as LaTeX prints it: every sign with a meaning of its own is escaped."""
     return "".join(_LATEX.get(sign, sign) for sign in text)
 
 
@@ -273,12 +274,12 @@ def _latex_heading(columns: Sequence[Column]) -> list[str]:
     over, rules, start = [], [], 1
     for name, span in groupby(columns, key=lambda column: column.over):
         count = sum(len(re.findall(r"[lr]", _latex_columns(column))) for column in span)
-        over.append(rf"\multicolumn{{{count}}}{{c}}{{{_latex(name)}}}" if name else " & ".join([""] * count))
+        over.append(rf"\multicolumn{{{count}}}{{c}}{{{latex(name)}}}" if name else " & ".join([""] * count))
         if name:
             rules.append(rf"\cmidrule(lr){{{start}-{start + count - 1}}}")
         start += count
     names = (
-        rf"\multicolumn{{2}}{{c}}{{{_latex(column.name)}}}" if column.key == "last" else _latex(column.name)
+        rf"\multicolumn{{2}}{{c}}{{{latex(column.name)}}}" if column.key == "last" else latex(column.name)
         for column in columns
     )
     return [" & ".join(over) + r" \\", "".join(rules), " & ".join(names) + r" \\"]
@@ -288,10 +289,10 @@ def _latex_cell(column: Column, row: Row) -> str:
     if column.key == "last":
         mean, _, half = accuracy(row.last).partition(" ± ")
         return f"{mean} & " + (rf"${{}}\pm{half}$" if half else "")
-    text = ", ".join(column.lines(row))
+    text = latex(", ".join(column.lines(row)))
     if column.key == "published":
         return re.sub(r" \[(\d+)\]", r"\\textsuperscript{\1}", text)
-    return _latex(text)
+    return text
 
 
 FORMATS: Mapping[str, Callable[[Table], str]] = {
