@@ -18,8 +18,10 @@ from dfkd_bench.options import (
     AblationOptions,
     DataRoot,
     DatasetName,
+    Deterministic,
     Device,
     FigureFile,
+    MethodOrFile,
     Output,
     PluginFiles,
     PrecisionName,
@@ -268,17 +270,13 @@ def ablate(
 
 
 @app.command()
-def check(
-    method: Annotated[str, typer.Argument(help="A method's name, or a Python file with one.")],
-    plugin: PluginFiles = None,
-) -> None:
+def check(method: MethodOrFile, plugin: PluginFiles = None) -> None:
     """Run the conformance checks on a method and say check by check what holds."""
     from dfkd_bench import plugins
     from dfkd_bench.check import run_checks
 
-    # A file is looked at by itself: it may well be the source of a built-in method.
-    source = plugins.method_file(Path(method)) if method.endswith(".py") else _plugins(plugin).source(method)
-    failed = 0
+    name, found = _method_found(method, plugin)
+    source, failed = found.source(name), 0
     for outcome in run_checks(source, plugins.load(source)):
         mark = ("quirk", "yellow") if outcome.declared and outcome.passed else ("ok   ", "green")
         mark = mark if outcome.passed else ("FAIL ", "bold red")
@@ -292,6 +290,7 @@ def check(
 @app.command("list")
 def list_(
     kind: Annotated[str, typer.Argument(help="methods, datasets, models, encoders or suites.")],
+    data_root: DataRoot = None,
     plugin: PluginFiles = None,
 ) -> None:
     """List what can be named: methods, data sets, models, text encoders, or suites and ablations."""
@@ -299,19 +298,18 @@ def list_(
 
     if kind not in listing.KINDS:
         raise unknown("kind", kind, listing.KINDS)
-    out.print(listing.KINDS[kind](_plugins(plugin)))
+    if data_root is not None and kind != "datasets":
+        raise UserError("--data-root is for `list datasets`: leave it out")
+    out.print(listing.KINDS[kind](_plugins(plugin), data_root))
 
 
 @app.command()
-def describe(
-    method: Annotated[str, typer.Argument(help="A method's name.")],
-    plugin: PluginFiles = None,
-) -> None:
+def describe(method: MethodOrFile, plugin: PluginFiles = None) -> None:
     """Say what a method is: its settings with type, default and source, and its published settings."""
     from dfkd_bench import listing
 
-    found = _plugins(plugin)
-    out.print(listing.describe(found.source(method), found.method(method)))
+    name, found = _method_found(method, plugin)
+    out.print(listing.describe(found.source(name), found.method(name)))
 
 
 @app.command()
@@ -357,7 +355,10 @@ def encode(
         Path,
         typer.Option("--output", "-o", envvar="DFKD_BENCH_RESULTS", help="A .safetensors or .npy file, or a folder."),
     ] = DEFAULT_OUTPUT,
-    figure: Annotated[Path | None, typer.Option(help="A .png, .svg or .pdf file; default: beside the matrix.")] = None,
+    figure: Annotated[
+        Path | None,
+        typer.Option("--figure", "--to", help="A .png, .svg or .pdf file; default: beside the matrix."),
+    ] = None,
     data_root: DataRoot = None,
     plugin: PluginFiles = None,
     verbose: Annotated[
@@ -391,6 +392,7 @@ def teacher_train(
     ] = None,
     device: Device = "auto",
     precision: PrecisionName = "auto",
+    deterministic: Deterministic = False,
     data_root: DataRoot = None,
     plugin: PluginFiles = None,
     quiet: Quiet = False,
@@ -402,7 +404,7 @@ def teacher_train(
     with show_teacher(err, quiet) as report:
         line = teacher_commands.train(
             dataset, model, protocol, settings or [], device, _precision(precision), data_root, _plugins(plugin),
-            report,
+            report, deterministic,
         )  # fmt: skip
     out.print(line)
 
@@ -446,11 +448,11 @@ def teacher_verify(
 
 
 @app.command()
-def doctor(data_root: DataRoot = None) -> None:
+def doctor(data_root: DataRoot = None, plugin: PluginFiles = None) -> None:
     """Versions, devices, data sets and teachers at hand."""
     from dfkd_bench import listing
 
-    out.print(listing.doctor(data_root))
+    out.print(listing.doctor(data_root, _plugins(plugin)))
 
 
 # -- helpers --------------------------------------------------------------------------------------------------------
@@ -463,6 +465,16 @@ def _plugins(files: list[Path] | None) -> Plugins:
     for line in found.broken.values():
         printing.warn(line)
     return found
+
+
+def _method_found(name_or_file: str, files: list[Path] | None) -> tuple[str, Plugins]:
+    """A method's name, and where it is found. A file is looked at by itself: it may well be a built-in's source."""
+    from dfkd_bench import plugins
+
+    if not name_or_file.endswith(".py"):
+        return name_or_file, _plugins(files)
+    source = plugins.method_file(Path(name_or_file))
+    return source.name, plugins.Plugins({source.name: source})
 
 
 def _rerun(text: str) -> list[str]:

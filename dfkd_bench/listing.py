@@ -29,7 +29,7 @@ def _table(*columns: str, right: tuple[str, ...] = ()) -> Table:
     return table
 
 
-def methods(found: Plugins) -> RenderableType:
+def methods(found: Plugins, _data_root: Path | None = None) -> RenderableType:
     """Name, family, year, outside knowledge, whether details are confirmed; then those that are not available."""
     table = _table("method", "family", "year", "venue", "outside knowledge", "details", "what it is", right=("year",))
     cards = {name: source.card() for name, source in found.methods.items()}
@@ -57,26 +57,26 @@ def _unavailable(found: Plugins) -> RenderableType:
     return table
 
 
-def datasets(found: Plugins) -> RenderableType:
-    """Name, classes, shape, whether it is at hand."""
+def datasets(found: Plugins, data_root: Path | None = None) -> RenderableType:
+    """Name, classes, shape, whether it is at hand: prepared, or in ``data_root``."""
     table = _table("data set", "classes", "shape", "state", "what it is", right=("classes",))
     for name in (*data.dataset_names(), *found.datasets):
-        dataset = data.dataset(name, None, found.datasets)
+        dataset = data.dataset(name, data_root, found.datasets)
         shape = "x".join(map(str, dataset.image_shape))
-        state = data.status(name, None, found.datasets).partition(":")[0]  # `doctor` says which files are missing
+        state = data.status(name, data_root, found.datasets).partition(":")[0]  # `doctor` says which files are missing
         table.add_row(name, str(dataset.num_classes), shape, state, dataset.title)
     table.add_row("folder:PATH", "-", "-", "-", "any folder with train/ and test/ in ImageFolder form")
     return table
 
 
-def models(found: Plugins) -> RenderableType:
+def models(found: Plugins, _data_root: Path | None = None) -> RenderableType:
     """Names of all models."""
     from dfkd_bench.models import model_names
 
     return Text("\n".join([*model_names(), *sorted(found.models)]))
 
 
-def suites(_found: Plugins) -> RenderableType:
+def suites(_found: Plugins, _data_root: Path | None = None) -> RenderableType:
     """Built-in suites and ablations with their titles."""
     import importlib.resources
     import tomllib
@@ -90,7 +90,7 @@ def suites(_found: Plugins) -> RenderableType:
     return table
 
 
-def encoders(found: Plugins) -> RenderableType:
+def encoders(found: Plugins, _data_root: Path | None = None) -> RenderableType:
     """Text encoders and how each is written."""
     from dfkd_bench.encoders import encoder_names, encoder_title
 
@@ -100,7 +100,7 @@ def encoders(found: Plugins) -> RenderableType:
     return table
 
 
-KINDS: Mapping[str, Callable[[Plugins], RenderableType]] = {
+KINDS: Mapping[str, Callable[[Plugins, Path | None], RenderableType]] = {
     "methods": methods,
     "datasets": datasets,
     "models": models,
@@ -195,7 +195,7 @@ def ablation_plan(planned: AblationPlan) -> RenderableType:
     return Group(table, Text(""), Text("\n".join([*lines, "nothing was started"])))
 
 
-def doctor(data_root: Path | None) -> RenderableType:
+def doctor(data_root: Path | None, found: Plugins) -> RenderableType:
     """The state of the installation."""
     import torch
 
@@ -224,8 +224,8 @@ def doctor(data_root: Path | None) -> RenderableType:
             "yes" if compute.has_bf16(device) else "no",
         )
     at_hand = _table("data set", "state")
-    for name in data.dataset_names():
-        at_hand.add_row(name, data.status(name, data_root))
+    for name in (*data.dataset_names(), *found.datasets):
+        at_hand.add_row(name, data.status(name, data_root, found.datasets))
     cards = [card for _, card in teachers.list_teachers()]
     known = ", ".join(f"{card.model} on {card.dataset} ({card.accuracy['test']:.2f} %)" for card in cards)
     places = _table("place", "folder")

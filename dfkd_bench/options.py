@@ -25,6 +25,7 @@ InitImages = Annotated[
     str | None, typer.Option(help="Folder of images to begin with, for every method that takes some.")
 ]
 Controls = Annotated[bool, typer.Option("--controls/--no-controls", help="Rows of scratch, real and noise KD.")]
+MethodOrFile = Annotated[str, typer.Argument(help="A method's name, or a Python file with one.")]
 PluginFiles = Annotated[list[Path] | None, typer.Option("--plugin", help="A Python file; can be repeated.")]
 DataRoot = Annotated[
     Path | None,
@@ -40,6 +41,7 @@ PrecisionName = Annotated[
         help="auto, fp32 or bf16; auto: bf16 where the hardware has it and images are at least 16 pixels wide."
     ),
 ]
+Deterministic = Annotated[bool, typer.Option(help="Deterministic GPU kernels (the CPU always is).")]
 SplitName = Annotated[str, typer.Option("--split", help="Evaluate on test, or on validation to choose settings.")]
 FigureFile = Annotated[Path | None, typer.Option(help="A .png, .svg or .pdf file; default: OUTPUT/figures/.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Name the file of every record.")]
@@ -110,7 +112,7 @@ class WorkOptions:
         typer.Option(min=1, help="Processes at a time; default: one a GPU; on a CPU one a core for smoke, else one."),
     ] = None
     rerun: Annotated[str, typer.Option(help="Run again what failed, is stale, or both: failed,stale.")] = ""
-    deterministic: Annotated[bool, typer.Option(help="Deterministic GPU kernels (the CPU always is).")] = False
+    deterministic: Deterministic = False
     dry_run: Annotated[bool, typer.Option("--dry-run", help="The same as `plan`.")] = False
 
 

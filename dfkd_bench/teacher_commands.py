@@ -26,6 +26,7 @@ def train(
     data_root: Path | None,
     found: Plugins,
     report: Callable[[TrainingProgress], None],
+    deterministic: bool = False,
 ) -> str:
     """Train the teacher that `run` would train, or one with another recipe."""
     dataset = data.dataset(dataset_name, data_root, found.datasets)
@@ -40,7 +41,7 @@ def train(
     if teachers.is_at_hand(dataset, spec):
         return _line(teachers.folder(dataset, spec), teachers.read_card(teachers.folder(dataset, spec))) + " (at hand)"
     resolved = resolve_device(device)
-    prepare(resolved)
+    prepare(resolved, deterministic)
     # As in `run`: with one thread the weights of a `smoke` teacher do not depend on the machine's core count.
     set_threads(1 if suite.settings_table(known.protocol, dataset.name) == "smoke" else cores_at_hand())
     compute = Compute(resolved, resolve_precision(precision, resolved, dataset.image_shape[1]))

@@ -19,6 +19,7 @@ import pytest
 import torch
 
 from dfkd_bench import cli, data, listing, plan, plugins
+from dfkd_bench.errors import UserError
 from dfkd_bench.models import build_model
 from dfkd_bench.record import read_all
 from dfkd_bench.record import write as write_record
@@ -144,7 +145,9 @@ DIGITS = ("-m", "nayer", "-d", "digits")
         (("run", "-m", "nayer", "-d", "mnist"), "mnist"),
         (("rum",), "rum"),
         (("list", "method"), "unknown kind 'method': did you mean 'methods'?"),
+        (("list", "models", "--data-root", "x"), "--data-root is for `list datasets`"),
         (("describe", "nayr"), "did you mean 'nayer'?"),
+        (("describe", "gone.py"), "there is no plugin file"),
         (("check", "gone.py"), "there is no plugin file"),
         (("table", *DIGITS), "there are no records of this suite in dfkd-results with precision fp32 (--device auto,"),
         (("table", *DIGITS, "--precision", "bf16"), "for fp32: --precision fp32"),
@@ -320,6 +323,13 @@ def test_describe_shows_settings_with_bounds_and_sources(command: Command) -> No
     assert "scripts/nayer_100.sh" in ended.out
 
 
+def test_describe_takes_a_file(command: Command, tmp_path: Path) -> None:
+    built_in = Path(str(plugins.discover().source("fm").path))
+    assert "meta_lr" in command("describe", built_in).out  # by itself: no clash of names
+    ended = command("describe", write(tmp_path, "failing.py", f'"""No luck."""\n{FAILING}'))
+    assert (ended.code, ended.out.splitlines()[0]) == (0, "No luck.")
+
+
 def test_plan_starts_nothing(command: Command, home: Path) -> None:
     ended = command("plan", "smoke_digits")
     assert (ended.code, ended.err) == (0, "")
@@ -365,6 +375,38 @@ def test_doctor_names_what_is_there(command: Command) -> None:
     ended = command("doctor")
     assert ended.code == 0
     assert "teachers: none yet" in ended.out
+
+
+OWN_DATA = """
+import numpy as np
+from dfkd_bench.data import DataSet, Raw
+
+DATASETS = {"own": DataSet("own", "mine", 2, ("a", "b"), (1, 2, 2), (0.5,), (0.5,), False, 4, "here", None,
+                           raw=Raw(("own.bin",), ("own.bin",)))}
+"""
+
+
+@pytest.mark.parametrize("words", [("list", "datasets"), ("doctor",)], ids=lambda words: words[0])
+def test_a_plugins_data_set_is_looked_for_in_the_data_root(
+    words: tuple[str, ...], command: Command, tmp_path: Path
+) -> None:
+    plugin = write(tmp_path, "mine.py", OWN_DATA)
+    write(tmp_path, "own.bin", "")
+    assert re.search("^own .*missing", command(*words, "--plugin", plugin).out, re.MULTILINE)
+    shown = command(*words, "--plugin", plugin, "--data-root", tmp_path).out
+    assert re.search("^own .*raw files found", shown, re.MULTILINE)
+
+
+def test_teacher_train_passes_on_that_kernels_are_to_be_deterministic(
+    command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[bool] = []
+    monkeypatch.setattr("dfkd_bench.teacher_commands.prepare", lambda _, deterministic: asked.append(deterministic))
+    monkeypatch.setattr("dfkd_bench.teacher_commands.set_threads", lambda _: None)
+    monkeypatch.setattr("dfkd_bench.teachers.train", lambda *_: (_ for _ in ()).throw(UserError("enough")))
+    for option in ((), ("--deterministic",)):
+        assert "enough" in command("teacher", "train", "-q", "-d", "digits", *option).error()
+    assert asked == [False, True]
 
 
 def test_without_a_command_the_help_is_shown(command: Command) -> None:

@@ -190,9 +190,12 @@ def test_classes_with_equal_rows_are_named(command: Command, labels: Path, plugi
 
 
 @pytest.mark.parametrize("suffix", [".svg", ".pdf"])
-def test_the_figure_can_have_a_place_and_form_of_its_own(command: Command, suffix: str, labels: Path) -> None:
+@pytest.mark.parametrize("option", ["--figure", "--to"])
+def test_the_figure_can_have_a_place_and_form_of_its_own(
+    option: str, command: Command, suffix: str, labels: Path
+) -> None:
     figure = labels.with_suffix(suffix)
-    code, *_ = command("--labels", labels, "--encoder", "onehot", "--figure", figure)
+    code, *_ = command("--labels", labels, "--encoder", "onehot", option, figure)
     assert code == 0
     assert figure.stat().st_size > 1000
 
