@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, cast
 
@@ -143,7 +144,7 @@ def run(asked: TableOptions, work: WorkOptions, verbose: Verbose = False, quiet:
         return
     records = _carry_out(planned, asked, work, found, again, quiet)
     if records:
-        printing.results(chosen, records, asked.output, verbose)
+        printing.results(_named(chosen, planned, asked), records, asked.output, verbose)
     _exit_unless_done(planned, records)
 
 
@@ -181,9 +182,8 @@ def table(
             )
         printing.ablation(_ablation_at_hand(asked, ablation, found), form)
         return
-    chosen = _suite(asked, found)
     show = printing.diversity if diversity else printing.table
-    show(chosen, _records(asked, chosen, found), form)
+    show(*_at_hand(asked, found), form)
 
 
 @app.command()
@@ -195,8 +195,7 @@ def plot(asked: TableOptions, to: FigureFile = None) -> None:
         planned = _ablation_at_hand(asked, ablation, found)
         plain(f"figure: {printing.ablation_figure(planned, planned.plan.records(), asked.output, to)}")
         return
-    chosen = _suite(asked, found)
-    paths, wrong = printing.figures(chosen, _records(asked, chosen, found), asked.output, to)
+    paths, wrong = printing.figures(*_at_hand(asked, found), asked.output, to)
     for path in paths:
         plain(f"figure: {path}")
     printing.tell(wrong)
@@ -218,13 +217,13 @@ def gallery(asked: TableOptions, to: FigureFile = None) -> None:
         planned = _ablation_at_hand(asked, ablation, found)
         results = planned.results(planned.plan.records())
         rows = [Group(item.row.label, item.row.method, item.records) for item in results if item.records]
-        place = to or asked.output / "figures" / f"{ablation.stem}-gallery.png"
+        place = to or asked.output / "figures" / f"{planned.ablation.stem}-gallery.png"
         drawn, wrong = [draw_rows(rows, place, ablation.dataset, ablation.title)], None
     else:
-        chosen = _suite(asked, found)
+        chosen, records = _at_hand(asked, found)
         drawn, wrong = printing.each_pair(
             chosen,
-            _records(asked, chosen, found),
+            records,
             lambda pair, runs: draw_rows(
                 group(runs, printing.order(chosen)),
                 printing.figure_path(chosen, pair, asked.output, to, "-gallery"),
@@ -516,9 +515,16 @@ def _plan(asked: TableOptions, chosen: Suite, found: Plugins) -> Plan:
     return make_plan(chosen, found, asked.output, asked.data_root, asked.device, _precision(asked.precision))
 
 
-def _records(asked: TableOptions, chosen: Suite, found: Plugins) -> list[Record]:
+def _named(chosen: Suite, planned: Plan, asked: TableOptions) -> Suite:
+    """``chosen`` as its files are called, now that it is known which records are there."""
+    return chosen.model_copy(update={"name": f"{chosen.name}{planned.behind_names(asked.output)}"})
+
+
+def _at_hand(asked: TableOptions, found: Plugins) -> tuple[Suite, list[Record]]:
+    chosen = _suite(asked, found)
     planned = _plan(asked, chosen, found)
-    return _some(planned.records(), planned.planned[0].job, asked, "suite", "dfkd-bench run")
+    records = _some(planned.records(), planned.planned[0].job, asked, "suite", "dfkd-bench run")
+    return _named(chosen, planned, asked), records
 
 
 def _ablation_at_hand(asked: TableOptions, chosen: Ablation, found: Plugins) -> AblationPlan:
@@ -567,7 +573,9 @@ def _ablation_plan(
     from dfkd_bench.ablation_plan import plan_ablation
 
     precision = _precision(asked.precision)
-    return plan_ablation(chosen, found, asked.output, asked.data_root, asked.device, precision, again, encode)
+    planned = plan_ablation(chosen, found, asked.output, asked.data_root, asked.device, precision, again, encode)
+    variant = f"{chosen.variant}{planned.plan.behind_names(asked.output)}"
+    return replace(planned, ablation=planned.ablation.model_copy(update={"variant": variant}))
 
 
 def _carry_out(

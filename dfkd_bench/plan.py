@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from dfkd_bench import data, lend, record, teachers, text
 from dfkd_bench.engines import local
 from dfkd_bench.errors import UserError
-from dfkd_bench.job import Job, TeacherSpec
+from dfkd_bench.job import Job, Precision, TeacherSpec
 from dfkd_bench.plugins import Plugins
 from dfkd_bench.record import Record
 from dfkd_bench.run import Place
@@ -47,6 +47,23 @@ class Plan:
     def records(self) -> list[Record]:
         """The records at hand."""
         return [planned.record for planned in self.planned if planned.record is not None]
+
+    def behind_names(self, output: Path) -> str:
+        """What its files in ``output`` have behind their names: the precision, where as many records of the same jobs
+        in the other one are there, or more; else "".
+
+        So the table that was there first is not overwritten, and whoever adds to its records on a machine of another
+        kind (``--precision bf16``) goes on with its plain name.
+        """
+        jobs = [planned.job for planned in self.planned]
+        others = [
+            job.model_copy(update={"precision": other})
+            for job in jobs
+            for other in get_args(Precision)
+            if other != job.precision
+        ]
+        count = sum(record.record_path(output, job).is_file() for job in others)
+        return f"-{jobs[0].precision}" if count > 0 and count >= len(self.records()) else ""
 
 
 def make_plan(

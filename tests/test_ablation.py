@@ -857,6 +857,26 @@ def test_an_ablation_with_other_settings_has_files_of_its_own(
     assert {path.name for path in tables.glob("*.md")} == {"nayer_batchnorm_digits-validation.md"}
 
 
+def test_a_table_of_another_precision_is_not_overwritten(command: Command, done: list[list[str]], home: Path) -> None:
+    line = ("ablate", "nayer_batchnorm", "--seeds", "0", "--device", "cpu")
+    table = home.parent / "dfkd-results" / "ablations" / "nayer_batchnorm_digits.md"
+    command(*line, "--precision", "bf16")
+    before = table.read_bytes()
+    table.write_bytes(before + b"first")
+    for _ in range(2):  # now without its records, now with them
+        assert "nayer_batchnorm_digits-fp32.md" in command(*line, "--precision", "fp32")[1]
+    assert table.read_bytes() == before + b"first"
+
+
+def test_what_is_added_to_records_of_one_precision_has_the_plain_name(
+    command: Command, done: list[list[str]], home: Path
+) -> None:
+    line = ("ablate", "nayer_batchnorm", "--device", "cpu", "--precision")
+    command(*line, "bf16", "--seeds", "0-1")
+    command(*line, "fp32", "--seeds", "0")
+    assert "nayer_batchnorm_digits.md" in command(*line, "bf16", "--seeds", "0-2")[1]
+
+
 def test_a_row_that_cannot_run_is_a_warning_and_stays_in_the_table(
     command: Command, done: list[list[str]], home: Path, tmp_path: Path
 ) -> None:

@@ -279,6 +279,22 @@ def test_only_the_plain_suite_has_its_plain_name(command: Command, monkeypatch: 
     assert one == other != ""
 
 
+def test_a_suites_table_of_another_precision_has_a_name_of_its_own(
+    command: Command, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[str] = []
+    monkeypatch.setattr(cli.printing, "results", lambda suite, *_: written.append(suite.name))
+    monkeypatch.setattr(cli.printing, "figures", lambda suite, *_: ([written.append(suite.name)], None))
+    monkeypatch.setattr(plan, "carry_out", lambda planned, *_: planned.records() or [None])
+    monkeypatch.setattr(cli, "_exit_unless_done", lambda *_: None)
+    suite = make_suite("x", "x", "digits", ("nayer",), controls=())
+    (job,) = expand(suite, plugins.discover(), data.dataset("digits"), "cpu", "bf16")
+    write_record(home.parent / "dfkd-results", failed(job, plugins.discover(), "no luck"))
+    for line in ("run -q --precision bf16", "run -q --precision fp32", "plot --precision bf16"):
+        command(*line.split(), *DIGITS, "--no-controls", "--device", "cpu")
+    assert [name.removeprefix("nayer_digits-no_controls") for name in written] == ["", "-fp32", ""]
+
+
 # --- Looking ----------------------------------------------------------------------------------------------------------
 
 
