@@ -61,8 +61,8 @@ def dataset_names() -> tuple[str, ...]:
 def dataset(name: str, root: Path | None = None, extra: Mapping[str, DataSet] | None = None) -> DataSet:
     """The data set of that name: built in, a plugin's (``extra``), or the user's own images (``folder:PATH``).
 
-    ``folder:PATH`` prepares its training split on first use: the normalisation is measured on it. ``UserError``: no
-    such data set.
+    ``folder:PATH`` prepares its training split on first use: the normalisation is measured on it, unless its
+    dataset.json says it. ``UserError``: no such data set.
     """
     if name.startswith(FOLDER_PREFIX):
         return replace(image_folder(name), root=root)
@@ -84,7 +84,7 @@ def status(name: str, root: Path | None = None, extra: Mapping[str, DataSet] | N
     if name.startswith(FOLDER_PREFIX) and (state := unmeasured_state(name)) is not None:
         return state
     found = dataset(name, root, extra)
-    if all(path.is_file() for split in SPLITS for path in found.prepared_files(split)):
+    if all(path.is_file() for split in found.splits for path in found.prepared_files(split)):
         return "ready"
     where = data_root(root)
     return "raw files found" if found.raw.at_hand(where) else f"missing: {found.raw.looked_for(where)}"
