@@ -11,6 +11,7 @@ from dfkd_bench import data, lend, record, teachers, text
 from dfkd_bench.engines import local
 from dfkd_bench.errors import UserError
 from dfkd_bench.job import Job, TeacherSpec
+from dfkd_bench.models import check_model
 from dfkd_bench.plugins import Plugins
 from dfkd_bench.record import Record
 from dfkd_bench.run import Place
@@ -64,6 +65,8 @@ def make_plan(
     known = {name: (source.source_sha256(), source.same_results()) for name, source in sources.items()}
     planned = tuple(_where_it_stands(job, output, *known[job.method]) for job in jobs)
     left = Plan(suite, planned, ()).to_run()
+    for name in sorted({name for job in left for name in (job.teacher.model, job.student)}):
+        check_model(name, dataset.num_classes, dataset.image_shape, found.models)
     return Plan(suite, planned, _missing_teachers(left, dataset, output))
 
 

@@ -254,6 +254,13 @@ def test_a_broken_data_set_of_another_package_stops_nothing(install: Install) ->
     assert found.broken["theirs"].startswith("datasets plugin 'theirs' (their_bad_data:x) fails to import: ")
 
 
+def test_a_data_set_of_the_wrong_type_of_another_package_stops_nothing(install: Install) -> None:
+    install("their_number", "x = 1", "[dfkd_bench.datasets]\ntheirs = their_number:x\n")
+    found = discover()
+    assert "theirs" not in found.datasets
+    assert found.broken["theirs"].startswith("datasets plugin 'theirs' (their_number:x) is of type int: expected a ")
+
+
 def test_a_data_set_of_another_package_does_not_replace_a_built_in_one(install: Install) -> None:
     install("their_digits", "x = 1", "[dfkd_bench.datasets]\ndigits = their_digits:x\n")
     with pytest.raises(UserError, match=r"two datasets are called 'digits': built-in .* entry point of their-digits"):

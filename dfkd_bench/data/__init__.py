@@ -22,6 +22,7 @@ from importlib import import_module
 from pathlib import Path
 
 from dfkd_bench.data._arrays import SPLITS, Arrays, Part, RawData, Split
+from dfkd_bench.data._contract import fault
 from dfkd_bench.data._dataset import DataSet
 from dfkd_bench.data._digest import folder_digest
 from dfkd_bench.data._folder import FOLDER_PREFIX, image_folder, unmeasured_state
@@ -44,6 +45,7 @@ __all__ = [
     "Split",
     "dataset",
     "dataset_names",
+    "fault",
     "folder_digest",
     "images_below",
     "refuse_deep_pixels",
