@@ -44,7 +44,7 @@ PrecisionName = Annotated[
 Deterministic = Annotated[bool, typer.Option(help="Deterministic GPU kernels (the CPU always is).")]
 SplitName = Annotated[str, typer.Option("--split", help="Evaluate on test, or on validation to choose settings.")]
 FigureFile = Annotated[Path | None, typer.Option(help="A .png, .svg or .pdf file; default: OUTPUT/figures/.")]
-Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Name the file of every record.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Name the file of every record and student.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress; the result only.")]
 
 DEFAULT_OUTPUT = Path("dfkd-results")

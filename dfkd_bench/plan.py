@@ -11,6 +11,7 @@ from dfkd_bench import data, lend, record, teachers, text
 from dfkd_bench.engines import local
 from dfkd_bench.errors import UserError
 from dfkd_bench.job import Job, Precision, TeacherSpec
+from dfkd_bench.models import check_model
 from dfkd_bench.plugins import Plugins
 from dfkd_bench.record import Record
 from dfkd_bench.run import Place
@@ -81,6 +82,8 @@ def make_plan(
     known = {name: (source.source_sha256(), source.same_results()) for name, source in sources.items()}
     planned = tuple(_where_it_stands(job, output, *known[job.method]) for job in jobs)
     left = Plan(suite, planned, ()).to_run()
+    for name in sorted({name for job in left for name in (job.teacher.model, job.student)}):
+        check_model(name, dataset.num_classes, dataset.image_shape, found.models)
     return Plan(suite, planned, _missing_teachers(left, dataset, output))
 
 
@@ -150,10 +153,10 @@ def carry_out(
         local.output_is_writable(place.output)
         dataset = data.dataset(plan.suite.dataset, place.data_root, found.datasets)
         _needs_are_met(jobs, found, dataset, place.data_root, report)
-        report(Step("data", dataset.name, 0, 1))
-        for split in data.SPLITS:
-            dataset.split(split, place.data_root)
         missing = _missing_teachers(jobs, dataset, place.output)
+        report(Step("data", dataset.name, 0, 1))
+        for split in _splits(jobs, missing, found):
+            dataset.split(split, place.data_root)
         tasks = [local.TeacherTask(dataset.name, spec, jobs[0].precision) for spec in missing]
         names, equal = [f"teacher {task.spec.model}" for task in tasks], [1 / len(tasks) for _ in tasks]
         local.train_teachers(tasks, place, devices, _listener("teachers", names, equal, report))
@@ -169,6 +172,18 @@ def carry_out(
         local.run_jobs(jobs, place, devices, _listener("runs", labels, shares, report))
     paths = [record.record_path(place.output, item.job) for item in plan.planned]
     return [record.read(path) for path in paths if path.is_file()]
+
+
+def _splits(jobs: Sequence[Job], missing: Sequence[TeacherSpec], found: Plugins) -> list[data.Split]:
+    """What the jobs and the training of ``missing`` teachers will open, and no more: whoever compresses an imported
+    teacher may lack its training data, or not want 1.3 million images prepared."""
+    wanted: set[data.Split] = {job.evaluate_on for job in jobs}
+    if any(spec.recipe is not None for spec in missing):  # it is measured on both other splits
+        wanted.update(data.SPLITS)
+    for job in jobs:
+        if "training_data" in found.method(job.method).needs:
+            wanted.update(teachers.training_splits(job.teacher))
+    return [split for split in data.SPLITS if split in wanted]
 
 
 def _needs_are_met(

@@ -19,6 +19,7 @@ import importlib.metadata
 import importlib.resources
 import importlib.util
 import inspect
+import re
 import sys
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -191,12 +192,13 @@ def discover(files: Sequence[Path] = ()) -> Plugins:
             try:
                 value = entry.load()
             except (Exception, SystemExit) as error:  # a foreign package may raise anything: a line, not a crash
-                broken[entry.name] = f"{group} plugin '{entry.name}' ({entry.value}) fails to import: {_line(error)}"
-                continue
-            if wrong := _wrong_kind(group, value):
-                broken[entry.name] = f"{group} plugin '{entry.name}' ({entry.value}) {wrong}"
+                wrong: str | None = f"fails to import: {_line(error)}"
             else:
+                wrong = _fault(group, entry.name, value)
+            if wrong is None:
                 found[group][entry.name] = value
+            else:
+                broken[entry.name] = f"{group} plugin '{entry.name}' ({entry.value}) {wrong}"
     for path in files:
         module = _import_file(path)
         if _method_classes(module):
@@ -207,8 +209,8 @@ def discover(files: Sequence[Path] = ()) -> Plugins:
                 raise UserError(f"plugin {path}: {group.upper()} is no dictionary by name")
             for name, value in values.items():
                 _refuse_clash(origins, group, name, f"file {path}")
-                if wrong := _wrong_kind(group, value):
-                    raise UserError(f"plugin {path}: {group.upper()}['{name}'] {wrong}")
+                if wrong := _fault(group, name, value):
+                    raise UserError(f"plugin {path}: {group.upper()}['{name}'] {wrong} (docs/own_models_and_data.md)")
                 found[group][name] = value
     return Plugins(methods, files=tuple(path.resolve() for path in files), broken=broken, **found)
 
@@ -233,20 +235,24 @@ def method_file(path: Path) -> Source:
     return _file_source(path)
 
 
+def _fault(group: str, name: str, value: object) -> str | None:
+    """What can be said against a plugin's value without building or reading anything; None: nothing."""
+    from dfkd_bench.data import fault
+
+    if group == "datasets":
+        return fault(name, value)
+    if group == "models" and not callable(value):
+        return f"is of type {type(value).__name__}: expected a function of (classes, channels) that builds the model"
+    if group == "models" and not re.fullmatch(r"[\w.-]+", name):
+        return "has a name that no --pair can have: expected letters, digits, _, - and . alone"
+    return None
+
+
 def _refuse_clash(origins: dict[tuple[str, str], str], group: str, name: str, origin: str) -> None:
     other = "built-in of dfkd-bench" if name in _built_in_names(group) else origins.get((group, name))
     if other is not None:
         raise UserError(f"two {group} are called '{name}': {other} and {origin}")
     origins[group, name] = origin
-
-
-def _wrong_kind(group: str, value: object) -> str | None:
-    """What is wrong with a data set of a plugin, said of it; None if it is one, or of a group not looked at here."""
-    if group != "datasets":
-        return None
-    from dfkd_bench.data import DataSet
-
-    return None if isinstance(value, DataSet) else f"{_what(value)}, expected a dfkd_bench.data.DataSet(...)"
 
 
 def _refuse_other_settings(source: Source, method: type[Method]) -> None:

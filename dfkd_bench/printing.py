@@ -46,6 +46,7 @@ def results(suite: Suite, records: Sequence[Record], output: Path, verbose: bool
     """Print the table of a run and write it, with its figures; say where things are."""
     from dfkd_bench.record import record_path, write_text
     from dfkd_bench.report import table as tables
+    from dfkd_bench.runfolder import student_file
 
     built, wrong = _tables(suite, records)
     for item in built:
@@ -60,9 +61,16 @@ def results(suite: Suite, records: Sequence[Record], output: Path, verbose: bool
         plain(f"\ntable:   {place} (and .csv)")
         plain(f"figure:  {', '.join(map(str, drawn)) or 'none: no run has a curve'}")
     plain(f"records: {output / 'records'} ({len(records)} of this table)")
+    students = {record.job_id: path for record in records if (path := student_file(record.job_id)).is_file()}
+    if students:
+        first = next(iter(students.values()))
+        pattern = f"{first.parents[1]}/<job id>/{first.name} ({len(students)} of this table; --verbose names them)"
+        plain(f"student: {first if len(students) == 1 else pattern}")
     if verbose:
         for record in records:
             plain(f"  {record_path(output, record.job)}")
+            if record.job_id in students:
+                plain(f"  {students[record.job_id]}")
     tell(wrong)
 
 

@@ -28,7 +28,7 @@ from dfkd_bench.optimise import build_optimizer, learning_rate, set_learning_rat
 from dfkd_bench.paths import data_root, home
 from dfkd_bench.pool import Pool
 from dfkd_bench.record import Counters, DataFile, MethodFacts, Outcome, Point, Record, Score, TeacherFacts
-from dfkd_bench.runfolder import RunFolder
+from dfkd_bench.runfolder import STUDENT, RunFolder
 from dfkd_bench.teach import teaching
 from dfkd_bench.watch import FileWatch
 
@@ -194,7 +194,7 @@ class _Run:
                 self._train(bench, epoch, report)
                 self._refuse_data_files(method_class)
                 student = {name: tensor.cpu().contiguous() for name, tensor in bench.student.state_dict().items()}
-                record.write_bytes(self.folder.path / "student.safetensors", safetensors.torch.save(student))
+                record.write_bytes(self.folder.path / STUDENT, safetensors.torch.save(student))
                 counters = Counters(images_made=bench.pool.made, **vars(bench.counts))
             memory = peak_memory(self.device)  # of the method, not of measuring
             if reason is None:

@@ -25,6 +25,7 @@ from dfkd_bench.pool import Pool
 from dfkd_bench.record import write_bytes, write_text
 
 IMAGES = "images.safetensors"
+STUDENT = "student.safetensors"
 
 
 class RunFolder:
@@ -116,6 +117,11 @@ class RunFolder:
     def forget_checkpoint(self) -> None:
         """After the record of a run that is over is written."""
         shutil.rmtree(self._checkpoint, ignore_errors=True)
+
+
+def student_file(job_id: str) -> Path:
+    """Where the trained student of a run is, if the run was made on this machine."""
+    return home() / "runs" / job_id / STUDENT
 
 
 def kept_images(job_id: str) -> dict[str, np.ndarray] | None:

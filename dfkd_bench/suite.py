@@ -326,6 +326,7 @@ def expand(
     cap = equal.budget(dataset.name).teacher_images if suite.protocol == "equal" else None
     resolved = resolve_precision(precision, resolve_device(device), dataset.image_shape[1])
     families = {name: found.source(name).card().get("family") for name in classes}
+    _has_training_images(dataset, classes)
     lead = next((name for name in suite.methods if families[name] != "control"), defaults()["lead_method"])
     jobs = []
     for pair in suite.pairs:
@@ -366,6 +367,16 @@ def expand(
     return jobs
 
 
+def _has_training_images(dataset: DataSet, classes: Mapping[str, type[Method]]) -> None:
+    """``UserError``: a control learns from training images, and the data set has none."""
+    learners = [name for name, method in classes.items() if "training_data" in method.needs]
+    if dataset.test_only and learners:
+        raise UserError(
+            f"'{dataset.name}' has a test part only, and {', '.join(learners)} would learn from training images: give "
+            "--no-controls, or leave them out"
+        )
+
+
 def parse_pair(pair: str, found: Plugins) -> tuple[str, str]:
     """``teacher:student``, both known models."""
     teacher, colon, student = pair.partition(":")
@@ -384,12 +395,14 @@ def teacher_spec(
     """The teacher a job gets: an imported one if there is one (``paper`` only), else the data set's recipe.
 
     Settings ``teacher.epochs`` and the like change the recipe, ``teacher.seed`` the seed; then nothing imported is
-    taken.
+    taken. On a data set without training images only an imported one is possible, under every protocol.
     """
     own = {key.partition(".")[2]: value for key, value in (settings or {}).items() if key.startswith(f"{TEACHER}.")}
     for key in own:
         if key not in (*Recipe.model_fields, "seed"):
             raise unknown("setting of teacher", key, [*Recipe.model_fields, "seed"])
+    if dataset.test_only:
+        return _imported_spec(dataset, model, next(iter(own), None))
     recipe: dict[str, Any] = {}
     if settings_table(protocol, dataset.name) == "paper":
         imported = teachers.find_imported(dataset, model)
@@ -402,6 +415,20 @@ def teacher_spec(
         return TeacherSpec(model=model, recipe=Recipe(**{**recipe, **own}), seed=seed)
     except ValidationError as error:
         raise UserError(f"teacher: {validation_line(error)}") from None
+
+
+def _imported_spec(dataset: DataSet, model: str, setting: str | None) -> TeacherSpec:
+    """The imported teacher, where none can be trained; ``setting``: one of its training that was asked for."""
+    if setting is not None:
+        raise UserError(f"-s {TEACHER}.{setting}: '{dataset.name}' has no training images, so no teacher is trained")
+    imported = teachers.find_imported(dataset, model)
+    if imported is None or not teachers.is_at_hand(dataset, imported.spec):
+        since = "" if imported is None else " again: since then the images or dataset.json have changed"
+        raise UserError(
+            f"there is no teacher {model} for '{dataset.name}', and there are no training images to train one on: "
+            f"`dfkd-bench teacher import FILE -d {dataset.name} --model {model}`{since}"
+        )
+    return imported.spec
 
 
 def settings_table(protocol: ProtocolName, dataset: str) -> Literal["paper", "smoke"]:

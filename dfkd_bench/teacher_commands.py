@@ -11,7 +11,7 @@ from rich.table import Table
 from dfkd_bench import data, suite, teachers
 from dfkd_bench.compute import Compute, cores_at_hand, prepare, resolve_device, resolve_precision, set_threads
 from dfkd_bench.errors import UserError
-from dfkd_bench.models import model_names
+from dfkd_bench.models import check_model, model_names
 from dfkd_bench.plugins import Plugins
 from dfkd_bench.teachers import TeacherCard, TrainingProgress
 
@@ -40,6 +40,7 @@ def train(
     spec = suite.teacher_spec(dataset, name, known.protocol, given)
     if teachers.is_at_hand(dataset, spec):
         return _line(teachers.folder(dataset, spec), teachers.read_card(teachers.folder(dataset, spec))) + " (at hand)"
+    check_model(name, dataset.num_classes, dataset.image_shape, found.models)
     resolved = resolve_device(device)
     prepare(resolved, deterministic)
     # As in `run`: with one thread the weights of a `smoke` teacher do not depend on the machine's core count.

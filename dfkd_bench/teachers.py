@@ -28,7 +28,7 @@ from dfkd_bench.evaluate import evaluate
 from dfkd_bench.job import Precision, Recipe, TeacherSpec, digest
 from dfkd_bench.lease import held
 from dfkd_bench.method import Frozen, LabelledImages
-from dfkd_bench.models import build_model
+from dfkd_bench.models import build_model, check_model
 from dfkd_bench.paths import home
 
 Builders = Mapping[str, Callable[[int, int], nn.Module]]
@@ -316,6 +316,7 @@ def import_checkpoint(
     ``weights_only=True``; what doesn't fit is refused. ``minimum``: refuse below this test accuracy [%]; default:
     five times chance or 50 %, whichever is smaller, so that a checkpoint of another data set is not taken.
     """
+    check_model(model_name, dataset.num_classes, dataset.image_shape, models or {})
     state = _read_foreign(file)
     model = build_model(model_name, dataset.num_classes, dataset.image_shape[0], models)
     state = {**_batch_counters(model, state), **state}

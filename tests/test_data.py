@@ -689,6 +689,112 @@ def test_status_of_a_folder(own: Path) -> None:
     assert [*seen, status(name)] == ["raw files found", "ready", f"missing: train and test in {own}"]
 
 
+# --- folder:PATH with a dataset.json, and without training images -----------------------------------------------------
+
+STATED = {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}
+
+
+def state(folder: Path, content: Any) -> None:
+    (folder / "dataset.json").write_text(json.dumps(content))
+
+
+@pytest.fixture
+def tested(own: Path) -> Path:
+    """A folder without training images."""
+    shutil.rmtree(own / "train")
+    state(own, STATED)
+    return own
+
+
+def test_a_stated_normalisation_comes_before_the_measured_one(own: Path) -> None:
+    state(own, STATED)
+    found = dataset(f"folder:{own}")
+    assert (found.mean, found.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+
+
+def test_a_stated_normalisation_is_part_of_the_content(own: Path) -> None:
+    before = dataset(f"folder:{own}").content
+    state(own, STATED)
+    assert dataset(f"folder:{own}").content != before
+
+
+def test_with_a_stated_normalisation_no_training_image_is_prepared(own: Path) -> None:
+    state(own, STATED)
+    dataset(f"folder:{own}").split("test")
+    assert list(dataset(f"folder:{own}").folder.glob("train-*")) == []
+
+
+def test_a_folder_without_training_images_has_a_test_split(tested: Path) -> None:
+    found = dataset(f"folder:{tested}")
+    assert (found.class_names, found.image_shape, len(found.split("test").labels)) == (
+        ("tea cup", "spoon"),
+        (3, 6, 6),
+        2,
+    )
+    assert status(f"folder:{tested}") == "ready"
+
+
+def test_a_folder_without_training_images_has_no_other_split(tested: Path) -> None:
+    with pytest.raises(UserError, match="has a test part only, and no train split"):
+        dataset(f"folder:{tested}").split("train")
+
+
+@pytest.mark.parametrize("content", [None, {"classes": ["Tea_Cup", "spoon"]}])
+def test_without_training_images_the_normalisation_must_be_stated(content: Any, tested: Path) -> None:
+    (tested / "dataset.json").unlink()
+    if content is not None:
+        state(tested, content)
+    with pytest.raises(UserError, match=r"train is not a folder: .* dataset.json with mean and std"):
+        dataset(f"folder:{tested}")
+
+
+def test_labels_follow_the_stated_classes(tested: Path) -> None:
+    state(tested, {**STATED, "classes": ["spoon", "fork", "Tea_Cup"]})
+    found = dataset(f"folder:{tested}")
+    assert (found.class_names, found.split("test").labels.tolist()) == (("spoon", "fork", "tea cup"), [0, 2])
+
+
+def test_a_folder_of_no_stated_class_is_refused(tested: Path) -> None:
+    state(tested, {**STATED, "classes": ["spoon", "fork"]})
+    with pytest.raises(UserError, match="Tea_Cup is not one of the 2 classes"):
+        dataset(f"folder:{tested}").split("test")
+
+
+def test_gray_images_get_as_many_channels_as_there_are_means(tmp_path: Path) -> None:
+    for class_name in "ab":
+        save(tmp_path / "test" / class_name / "0.png", np.zeros((5, 4), np.uint8))
+    state(tmp_path, STATED)
+    assert dataset(f"folder:{tmp_path}").split("test").images.shape == (2, 3, 5, 4)
+
+
+def test_one_mean_for_images_in_colour_is_refused(tested: Path) -> None:
+    state(tested, {"mean": [0.5], "std": [0.5]})
+    with pytest.raises(UserError, match=r"dataset.json has 1 mean, but there are images in colour"):
+        dataset(f"folder:{tested}")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{", "can't be read as JSON"),
+        ("[]", "is no JSON object"),
+        ('{"means": [0.5]}', "unknown key .*'means': did you mean 'mean'"),
+        ('{"mean": [0.5]}', "needs mean and std"),
+        ('{"mean": [0.5], "std": [0.5, 0.5, 0.5]}', "needs mean and std"),
+        ('{"mean": [123.7, 116.3, 103.5], "std": [58, 57, 57]}', "mean is .*123.7.* from 0 to 1"),
+        ('{"mean": [0.5], "std": [0]}', "std is .* above 0"),
+        ('{"mean": 0.5, "std": 0.5}', "expected a list"),
+        ('{"classes": ["a"]}', "at least 2 names"),
+        ('{"classes": ["a", "b", "a"]}', "'a' is there twice"),
+    ],
+)
+def test_a_wrong_dataset_json_is_one_line(text: str, words: str, own: Path) -> None:
+    (own / "dataset.json").write_text(text)
+    with pytest.raises(UserError, match=words) as caught:
+        dataset(f"folder:{own}")
+    assert "\n" not in str(caught.value)
+
+
 # --- Names ------------------------------------------------------------------------------------------------------------
 
 

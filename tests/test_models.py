@@ -324,8 +324,9 @@ def test_unknown_name_suggests_a_plugins_model() -> None:
 
 
 def test_a_plugins_model_is_built_with_classes_and_channels() -> None:
-    model: Any = build_model("mine", 7, 2, extra={"mine": lambda classes, channels: nn.Linear(channels, classes)})
-    assert (model.in_features, model.out_features) == (2, 7)
+    extra = {"mine": lambda classes, channels: build_model("convnet8", classes, channels)}
+    model = build_model("mine", 7, 2, extra).eval()
+    assert model(torch.zeros(1, 2, 8, 8)).shape == (1, 7)
 
 
 def test_a_plugins_model_must_not_hide_a_built_in_one() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from dfkd_bench import data, plugins, record, teachers
 from dfkd_bench.engines import local
@@ -30,13 +31,14 @@ class Engine:
     """
 
     def __init__(self) -> None:
+        self.datasets: dict[str, data.DataSet] = {}
         self.teachers: list[str] = []
         self.records: list[Path] = []
 
     def train_teachers(self, tasks: Sequence[local.TeacherTask], *_: Any) -> None:
         self.teachers = [task.spec.model for task in tasks]
         for task in tasks:
-            dataset = data.dataset(task.dataset)
+            dataset = data.dataset(task.dataset, extra=self.datasets)
             card = teachers.TeacherCard(
                 dataset=task.dataset,
                 model=task.spec.model,
@@ -165,3 +167,50 @@ def test_records_that_are_made_anew_may_get_another_teacher(engine: Engine, tmp_
     stale = tuple(replace(item, state="stale") if item.state == "done" else item for item in plan.planned)
     carry_out(replace(plan, planned=stale), FOUND, Place(tmp_path), ["cpu"], ("stale",))
     assert engine.teachers == ["convnet8"]
+
+
+TWO_FILES = replace(data.dataset("digits"), name="two_files", one_file=False)
+
+
+def prepared(method: str, output: Path) -> list[str]:
+    """Which splits are there after a run of ``method`` on a data set of two files."""
+    found = replace(FOUND, datasets={"two_files": TWO_FILES})
+    pairs = ["convnet8:convnet8"]
+    suite = make_suite("test", "test", "two_files", [method], pairs=pairs, controls=(), protocol="paper")
+    carry_out(make_plan(suite, found, output, device="cpu"), found, Place(output), ["cpu"])
+    return [split for split in data.SPLITS if TWO_FILES.prepared_files(split)[-1].is_file()]
+
+
+@pytest.fixture
+def imported(home: Path, tmp_path: Path) -> None:
+    torch.save(build_model("convnet8", 10, 1).state_dict(), tmp_path / "own.pth")
+    teachers.import_checkpoint(tmp_path / "own.pth", TWO_FILES, "convnet8", minimum=0)
+
+
+@pytest.mark.usefixtures("imported")
+@pytest.mark.parametrize(("method", "splits"), [("dafl", ["test"]), ("real_kd", [*data.SPLITS])])
+def test_for_an_imported_teacher_only_what_the_jobs_open_is_prepared(
+    method: str, splits: list[str], engine: Engine, tmp_path: Path
+) -> None:
+    assert prepared(method, tmp_path) == splits
+
+
+def test_for_a_teacher_that_is_trained_every_split_is_prepared(engine: Engine, tmp_path: Path) -> None:
+    engine.datasets = {"two_files": TWO_FILES}
+    assert prepared("dafl", tmp_path) == [*data.SPLITS]
+
+
+def test_a_teacher_is_missing_where_it_can_be_neither_trained_nor_found(home: Path, tmp_path: Path) -> None:
+    found = replace(FOUND, datasets={"tested": replace(data.dataset("digits"), name="tested", test_only=True)})
+    suite = make_suite("test", "test", "tested", ["dafl"], pairs=["convnet8:convnet8"], controls=(), protocol="smoke")
+    with pytest.raises(
+        UserError, match=r"no teacher convnet8 for 'tested'.* `dfkd-bench teacher import FILE -d tested"
+    ):
+        make_plan(suite, found, tmp_path, device="cpu")
+
+
+def test_controls_on_real_images_are_refused_without_training_images(home: Path, tmp_path: Path) -> None:
+    found = replace(FOUND, datasets={"tested": replace(data.dataset("digits"), name="tested", test_only=True)})
+    suite = make_suite("test", "test", "tested", ["dafl"], pairs=["convnet8:convnet8"])
+    with pytest.raises(UserError, match=r"test part only, and scratch, real_kd would learn .* --no-controls"):
+        make_plan(suite, found, tmp_path, device="cpu")

@@ -206,8 +206,8 @@ def test_a_list_in_place_of_a_dictionary_is_one_line(write: Callable[[str, str],
 @pytest.mark.parametrize(
     ("value", "words"),
     [
-        ("DataSet", r"DATASETS\['mine'\] is the class DataSet, expected a dfkd_bench.data.DataSet\(...\)"),
-        ("3", r"DATASETS\['mine'\] is of type int, expected"),
+        ("DataSet", r"DATASETS\['mine'\] is the class DataSet: expected a dfkd_bench.data.DataSet\(...\)"),
+        ("3", r"DATASETS\['mine'\] is of type int: expected"),
     ],
 )
 def test_what_is_no_data_set_is_one_line(value: str, words: str, write: Callable[[str, str], Path]) -> None:
@@ -283,11 +283,11 @@ def test_a_broken_data_set_of_another_package_stops_nothing(install: Install) ->
     assert found.broken["theirs"].startswith("datasets plugin 'theirs' (their_bad_data:x) fails to import: ")
 
 
-def test_what_is_no_data_set_of_another_package_stops_nothing(install: Install) -> None:
+def test_a_data_set_of_the_wrong_type_of_another_package_stops_nothing(install: Install) -> None:
     install("their_number", "x = 1", "[dfkd_bench.datasets]\ntheirs = their_number:x\n")
     found = discover()
     assert "theirs" not in found.datasets
-    assert found.broken["theirs"].startswith("datasets plugin 'theirs' (their_number:x) is of type int, expected ")
+    assert found.broken["theirs"].startswith("datasets plugin 'theirs' (their_number:x) is of type int: expected a ")
 
 
 def test_a_data_set_of_another_package_does_not_replace_a_built_in_one(install: Install) -> None:

@@ -226,3 +226,14 @@ def test_a_network_that_can_not_be_traced_is_taken_as_it_is() -> None:
     with half.autocast():
         wanted = teacher(images()).float()
     assert torch.equal(teaching(teacher, half)(images()), wanted)
+
+
+class Counting(nn.Module):
+    """Asks for the length of its batch, which tracing doesn't know."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images.reshape(len(images), -1)
+
+
+def test_a_network_whose_tracing_fails_in_another_way_is_taken_as_it_is() -> None:
+    assert folded(Counting()) is None

@@ -22,6 +22,7 @@ from importlib import import_module
 from pathlib import Path
 
 from dfkd_bench.data._arrays import SPLITS, Arrays, Part, RawData, Split
+from dfkd_bench.data._contract import fault
 from dfkd_bench.data._dataset import DataSet
 from dfkd_bench.data._digest import folder_digest
 from dfkd_bench.data._folder import FOLDER_PREFIX, image_folder, unmeasured_state
@@ -44,6 +45,7 @@ __all__ = [
     "Split",
     "dataset",
     "dataset_names",
+    "fault",
     "folder_digest",
     "images_below",
     "refuse_deep_pixels",
@@ -61,8 +63,8 @@ def dataset_names() -> tuple[str, ...]:
 def dataset(name: str, root: Path | None = None, extra: Mapping[str, DataSet] | None = None) -> DataSet:
     """The data set of that name: built in, a plugin's (``extra``), or the user's own images (``folder:PATH``).
 
-    ``folder:PATH`` prepares its training split on first use: the normalisation is measured on it. ``UserError``: no
-    such data set.
+    ``folder:PATH`` prepares its training split on first use: the normalisation is measured on it, unless its
+    dataset.json says it. ``UserError``: no such data set.
     """
     if name.startswith(FOLDER_PREFIX):
         return replace(image_folder(name), root=root)
@@ -84,7 +86,7 @@ def status(name: str, root: Path | None = None, extra: Mapping[str, DataSet] | N
     if name.startswith(FOLDER_PREFIX) and (state := unmeasured_state(name)) is not None:
         return state
     found = dataset(name, root, extra)
-    if all(path.is_file() for split in SPLITS for path in found.prepared_files(split)):
+    if all(path.is_file() for split in found.splits for path in found.prepared_files(split)):
         return "ready"
     where = data_root(root)
     return "raw files found" if found.raw.at_hand(where) else f"missing: {found.raw.looked_for(where)}"

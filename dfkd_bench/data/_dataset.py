@@ -40,6 +40,7 @@ class DataSet:
     sizes: tuple[int, int] | None = None  # images in the training part (with validation) and in the test part
     raw: Raw = _NO_RAW_FILES
     one_file: bool = False  # both parts come in one file: all splits are prepared together
+    test_only: bool = False  # there is no training part: teachers are imported, and controls on real images impossible
     shares_images_with: tuple[str, ...] = ()  # other data sets' names; saying it on one side is enough
     root: Path | None = None  # ``--data-root``; None: ``$DFKD_BENCH_DATA``, then the home
 
@@ -57,6 +58,11 @@ class DataSet:
     def content(self) -> str | None:
         """What tells its images from others of the same name, for jobs and teachers; None: the name alone does."""
         return None if self.version == FIRST_VERSION else self.version
+
+    @property
+    def splits(self) -> tuple[Split, ...]:
+        """The splits that it has."""
+        return ("test",) if self.test_only else SPLITS
 
     @property
     def folder(self) -> Path:
@@ -79,6 +85,8 @@ class DataSet:
         """
         if split not in SPLITS:
             raise unknown("split", split, SPLITS)
+        if split not in self.splits:
+            raise UserError(f"'{self.name}' has a test part only, and no {split} split")
         damage = ""
         try:
             arrays = open_split(self, split)

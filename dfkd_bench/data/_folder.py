@@ -17,6 +17,8 @@ from dfkd_bench.data._image_files import class_folders, image_files, is_gray, re
 from dfkd_bench.data._prepared import prepared_folder
 from dfkd_bench.data._raw import Raw
 from dfkd_bench.data._reason import reason
+from dfkd_bench.data._stated import FILE as STATED_FILE
+from dfkd_bench.data._stated import Stated, stated
 from dfkd_bench.errors import UserError
 from dfkd_bench.files import write_text
 
@@ -27,22 +29,30 @@ FOLDER_PREFIX = "folder:"
 
 
 def image_folder(name: str) -> DataSet:
-    """The user's own images: PATH/train/<class>/ and PATH/test/<class>/.
+    """The user's own images: PATH/train/<class>/ and PATH/test/<class>/, and what PATH/dataset.json says of them.
 
-    The classes are the sorted names of the folders in train/; all images have one size; they are gray if all training
-    images are; a tenth of them is the validation split. Nothing is known of flips, so they are not done.
+    Where it says nothing, the classes are the sorted names of the folders in train/, and mean and standard deviation
+    are measured there. All images have one size; they are gray if all training images are; a tenth of them is the
+    validation split. Nothing is known of flips, so they are not done.
+
+    With a normalisation in dataset.json train/ may be missing: then all that is said here of training images is taken
+    from test/, and no teacher can be trained. ``UserError``: a folder is missing, or there are too few images.
     """
     path = Path(name.removeprefix(FOLDER_PREFIX)).expanduser()
-    for part in get_args(Part):
+    known = stated(path)
+    test_only = known.mean is not None and not (path / "train").exists()
+    for part in ("test",) if test_only else get_args(Part):
         if not (path / part).is_dir():
             raise UserError(
-                f"{path / part} is not a folder: '{name}' needs train/<class>/ and test/<class>/ with images"
+                f"{path / part} is not a folder: '{name}' needs train/<class>/ and test/<class>/ with images; without "
+                "training images, test/ and a dataset.json with mean and std (docs/own_teacher.md)"
             )
-    classes = class_folders(path / "train")
-    files = [file for class_name in classes for file in image_files(path / "train" / class_name)]
-    if len(classes) < 2 or len(files) < 10:
+    folder, least = path / ("test" if test_only else "train"), 1 if test_only else 10
+    classes = _classes(path, known)
+    files = [file for class_name in classes for file in _images(folder / class_name)]
+    if len(classes) < 2 or len(files) < least:
         raise UserError(
-            f"{path / 'train'} has {len(classes)} class folders with {len(files)} images: expected at least 2 and 10"
+            f"{folder} has {len(classes)} class folders with {len(files)} images: expected at least 2 and {least}"
         )
     path = path.resolve()  # another working directory has another folder of the same relative name
     name = f"{FOLDER_PREFIX}{path}"
@@ -54,18 +64,21 @@ def image_folder(name: str) -> DataSet:
         title=f"{len(classes)} classes of images in {path}",
         num_classes=len(classes),
         names=tuple(class_names.clean(class_name) for class_name in classes),
-        image_shape=facts["image_shape"] if facts else _common_shape(files),
+        image_shape=facts["image_shape"] if facts else _common_shape(files, known),
         mean=(),
         std=(),
         flip_keeps_class=False,
-        validation_size=len(files) // 10,
+        validation_size=0 if test_only else len(files) // 10,
         source="the user's own",
         read=_read,
         version=version,
-        raw=Raw(("train",), ("test",), folders=(str(path),)),
+        raw=Raw(() if test_only else ("train",), ("test",), folders=(str(path),)),
+        test_only=test_only,
     )
     if facts is None:
-        facts = {"image_shape": unmeasured.image_shape, **_measured(unmeasured.split("train").images)}
+        facts = {"image_shape": unmeasured.image_shape, "mean": known.mean, "std": known.std}
+        if known.mean is None:
+            facts |= _measured(unmeasured.split("train").images)
         write_text(facts_file, json.dumps(facts))
     return replace(unmeasured, mean=tuple(facts["mean"]), std=tuple(facts["std"]))
 
@@ -73,20 +86,34 @@ def image_folder(name: str) -> DataSet:
 def unmeasured_state(name: str) -> str | None:
     """The state of a folder that was not measured yet, as ``status`` gives it; None: it was. Opens no image."""
     path = Path(name.removeprefix(FOLDER_PREFIX)).expanduser().resolve()
-    if any(not (path / part).is_dir() for part in get_args(Part)):
-        return f"missing: train and test in {path}"
+    wanted = ("test",) if (path / STATED_FILE).is_file() else get_args(Part)
+    if any(not (path / part).is_dir() for part in wanted):
+        return f"missing: {' and '.join(wanted)} in {path}"
     digest = kept_digest(path, _contents(path))
     measured = digest is not None and _facts(_facts_file(f"{FOLDER_PREFIX}{path}", _version(digest))) is not None
     return None if measured else "raw files found"
 
 
+def _classes(path: Path, known: Stated) -> tuple[str, ...]:
+    """Names of the classes' folders, in the order of the labels."""
+    if known.classes is not None:
+        return known.classes
+    train = path / "train"
+    return tuple(class_folders(train if train.is_dir() else path / "test"))
+
+
+def _images(folder: Path) -> list[Path]:
+    """The images of a class; one that dataset.json names may have none."""
+    return image_files(folder) if folder.is_dir() else []
+
+
 def _contents(path: Path) -> list[Path]:
-    """The folders of the classes and their images: what decides the data set."""
+    """The folders of the classes and their images, and dataset.json: what decides the data set."""
     found = []
     for part in get_args(Part):
-        for class_name in class_folders(path / part):
+        for class_name in class_folders(path / part) if (path / part).is_dir() else []:
             found += [path / part / class_name, *image_files(path / part / class_name)]
-    return found
+    return [*found, path / STATED_FILE] if (path / STATED_FILE).is_file() else found
 
 
 def _version(digest: str) -> str:
@@ -108,11 +135,12 @@ def _facts(file: Path) -> dict[str, Any] | None:
 
 
 def _read(data: DataSet, root: Path, part: Part) -> RawData:
-    return read_class_folders(data, root, part, class_folders(raw_path(data, root, "train")))
+    path = raw_path(data, root, "test").parent
+    return read_class_folders(data, root, part, _classes(path, stated(path)))
 
 
-def _common_shape(files: Sequence[Path]) -> tuple[int, int, int]:
-    """C, H, W of all images; one channel if all are gray. Reads headers only."""
+def _common_shape(files: Sequence[Path], known: Stated) -> tuple[int, int, int]:
+    """C, H, W of all images; as many channels as the stated mean has, else one if all are gray. Reads headers only."""
     from PIL import Image
 
     first: tuple[int, int] | None = None
@@ -127,8 +155,11 @@ def _common_shape(files: Sequence[Path]) -> tuple[int, int, int]:
         if size != first:
             raise UserError(f"{file} has the size {size}, {files[0]} has {first} (H, W): make them agree")
         gray = gray and is_gray(mode)
+    channels = (1 if gray else 3) if known.mean is None else len(known.mean)
+    if channels == 1 and not gray:
+        raise UserError(f"{files[0].parents[2] / STATED_FILE} has 1 mean, but there are images in colour: expected 3")
     height, width = first or (0, 0)
-    return (1 if gray else 3, height, width)
+    return (channels, height, width)
 
 
 def _measured(images: Images) -> dict[str, tuple[float, ...]]:

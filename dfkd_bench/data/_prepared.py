@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dfkd_bench.data._arrays import SPLITS, Arrays
+from dfkd_bench.data._arrays import SPLITS, Arrays, RawData
 from dfkd_bench.data._lock import own_folder
 from dfkd_bench.data._reason import reason
 from dfkd_bench.data._splits import VALIDATION_SEED, stratified
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from dfkd_bench.data._arrays import Part, RawData, Split
+    from dfkd_bench.data._arrays import Part, Split
     from dfkd_bench.data._dataset import DataSet
 
 KINDS = ("images", "labels")
@@ -81,27 +81,46 @@ def prepare(data: DataSet, part: Part, root: Path) -> None:
         if _is_whole(data, part):
             return
         log.info("preparing %s (%s part) in %s", data.name, part, data.folder)
-        raw = data.read(data, root, part)
+        raw = _read(data, root, part)
         _verify(data, part, raw)
         rows = np.arange(len(raw.labels))
-        if part == "test":
-            splits: dict[Split, NDArray[np.int64]] = {"test": rows}
-        else:
-            cut = stratified(raw.labels, data.validation_size, VALIDATION_SEED)
-            splits = {"train": np.delete(rows, cut), "validation": cut}
         names = data.names(root) if callable(data.names) else None
         try:
+            splits: dict[Split, NDArray[np.int64]] = {"test": rows}
+            if part == "train":
+                cut = stratified(raw.labels, data.validation_size, VALIDATION_SEED)
+                splits = {"train": np.delete(rows, cut), "validation": cut}
             if names is not None:
                 (folder / "class_names.json").write_text(json.dumps(names), encoding="utf-8")
                 os.replace(folder / "class_names.json", data.folder / "class_names.json")
             for split, chosen in splits.items():
                 _write_split(data, split, raw, chosen, folder)
+        except ValueError as error:
+            raise UserError(f"the {part} part of '{data.name}' is not what it says it is: {reason(error)}") from error
         except OSError as error:
             need = len(rows) * int(np.prod(data.image_shape)) / 1e9
             raise UserError(
                 f"can't write the prepared '{data.name}' into {data.folder} ({reason(error)}): it needs "
                 f"{need:.2g} GB, name a folder with room by ${HOME_VARIABLE}"
             ) from None
+
+
+def _read(data: DataSet, root: Path, part: Part) -> RawData:
+    """The part as its reader finds it. A plugin's reader may raise or return anything: a line, not a crash."""
+    import numpy as np
+
+    try:
+        raw: object = data.read(data, root, part)
+    except (UserError, OSError):
+        raise
+    except Exception as error:
+        what = f"{type(error).__name__}: {reason(error)}"
+        raise UserError(f"the {part} part of '{data.name}' can't be read: {what}") from error
+    if not isinstance(raw, RawData):
+        raise UserError(f"read() of '{data.name}' returns a {type(raw).__name__}: expected a dfkd_bench.data.RawData")
+    if not isinstance(raw.labels, np.ndarray) or raw.labels.ndim != 1 or raw.labels.dtype.kind not in "iu":
+        raise UserError(f"read() of '{data.name}' returns labels that are no whole numbers [n] in a NumPy array")
+    return raw
 
 
 def _made_for(data: DataSet) -> list[Any]:

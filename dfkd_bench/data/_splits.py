@@ -36,6 +36,6 @@ def stratified(labels: Labels, size: int, seed: int) -> NDArray[np.int64]:
 
 def parts_of(data: DataSet, split: Split) -> tuple[Part, ...]:
     """The parts that have to be read for a split."""
-    if data.one_file:
+    if data.one_file and not data.test_only:
         return get_args(Part)
     return ("test",) if split == "test" else ("train",)

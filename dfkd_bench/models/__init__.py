@@ -3,7 +3,7 @@
 Such a file has a literal ``NAMES = ("...", ...)`` and a function ``build(name, classes, channels)``. The names are read
 from the source, so that listing them imports neither the file nor torch; there is no central list.
 
-Every model takes normalised images [b, C, H, W] of any sensible side and has
+Every model, built in or a plugin's, takes normalised images [b, C, H, W] of any sensible side and has
 
 - ``forward(images)``: logits [b, K];
 - ``features(images)``: logits [b, K], penultimate features [b, F], outputs of the stages [b, C_i, H_i, W_i];
@@ -39,17 +39,32 @@ def build_model(
     """A freshly initialised model for ``classes`` classes and images of ``channels`` channels.
 
     ``extra`` maps names of models from plugins to their ``builder(classes, channels)``. Raises ``UserError`` for an
-    unknown name, and where a plugin's model has the name of a built-in one.
+    unknown name, where a plugin's model has the name of a built-in one, and where it lacks a part.
     """
     homes, extra = _homes(), extra or {}
     if clash := sorted(homes.keys() & extra.keys()):
         raise UserError(f"a plugin's model is called '{clash[0]}' like the built-in one: rename the plugin's")
     if name in extra:
-        return extra[name](classes, channels)
+        from dfkd_bench.models._contract import built
+
+        return built(name, extra[name], classes, channels)
     if name not in homes:
         raise unknown("model", name, [*homes, *extra])
     home = import_module(f"{__name__}.{homes[name]}")
     return cast("nn.Module", home.build(name, classes, channels))
+
+
+def check_model(
+    name: str, classes: int, image_shape: tuple[int, int, int], extra: Mapping[str, Callable[[int, int], nn.Module]]
+) -> None:
+    """Build a plugin's model and pass two images through it; a ``UserError`` says what does not hold.
+
+    Built-in models are not looked at: the tests do that.
+    """
+    if name in extra:
+        from dfkd_bench.models._contract import check
+
+        check(name, extra[name], classes, image_shape)
 
 
 @functools.cache
