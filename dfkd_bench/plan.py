@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -78,8 +78,7 @@ def make_plan(
     """Look at what is there; nothing is started."""
     dataset = data.dataset(suite.dataset, data_root, found.datasets)
     jobs = expand(suite, found, dataset, device, precision)
-    sources = {name: found.source(name) for name in {job.method for job in jobs}}
-    known = {name: (source.source_sha256(), source.same_results()) for name, source in sources.items()}
+    known = _known((job.method for job in jobs), found)
     planned = tuple(_where_it_stands(job, output, *known[job.method]) for job in jobs)
     left = Plan(suite, planned, ()).to_run()
     for name in sorted({name for job in left for name in (job.teacher.model, job.student)}):
@@ -119,12 +118,24 @@ def _where_it_stands(job: Job, output: Path, today: str, same_results: frozenset
             return Planned(job, "failed", found)
         if not found.is_fresh(same_results):
             return Planned(job, "stale", found)
-        facts = found.method.model_copy(update={"source_sha256": today})
-        return Planned(job, "done", found.model_copy(update={"method": facts}))
+        return Planned(job, "done", _as_of_today(found, today, same_results))
     folder = RunFolder(job)
     if folder.is_running:
         return Planned(job, "running")
     return Planned(job, "interrupted" if folder.has_checkpoint else "new")
+
+
+def _as_of_today(found: Record, today: str, same_results: frozenset[str]) -> Record:
+    """The record, of today's code if that has the same results; else as it is."""
+    if found.method.source_sha256 not in same_results:
+        return found
+    return found.model_copy(update={"method": found.method.model_copy(update={"source_sha256": today})})
+
+
+def _known(names: Iterable[str], found: Plugins) -> dict[str, tuple[str, frozenset[str]]]:
+    """Of each method today's source, and all with the same results."""
+    sources = {name: found.source(name) for name in set(names)}
+    return {name: (source.source_sha256(), source.same_results()) for name, source in sources.items()}
 
 
 @dataclass(frozen=True)
@@ -170,8 +181,9 @@ def carry_out(
         jobs, shares = longest_first(jobs, found, dataset.num_classes)
         labels = [f"{job.method} seed {job.seed}" for job in jobs]
         local.run_jobs(jobs, place, devices, _listener("runs", labels, shares, report))
-    paths = [record.record_path(place.output, item.job) for item in plan.planned]
-    return [record.read(path) for path in paths if path.is_file()]
+    known = _known((item.job.method for item in plan.planned), found)
+    paths = {item.job.id: (record.record_path(place.output, item.job), item.job.method) for item in plan.planned}
+    return [_as_of_today(record.read(path), *known[method]) for path, method in paths.values() if path.is_file()]
 
 
 def _splits(jobs: Sequence[Job], missing: Sequence[TeacherSpec], found: Plugins) -> list[data.Split]:

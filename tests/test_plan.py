@@ -99,6 +99,8 @@ def test_a_record_of_earlier_code_with_the_same_results_is_no_other(
     assert found.state == "done"
     assert found.record is not None
     assert found.record.method.source_sha256 == today
+    (carried,) = carry_out(planned(tmp_path), FOUND, Place(tmp_path), ["cpu"])
+    assert carried.method.source_sha256 == today
 
 
 @pytest.mark.parametrize("before", [None, "failed"])
