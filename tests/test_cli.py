@@ -312,6 +312,16 @@ def test_a_broken_package_is_a_warning_only(command: Command, tmp_path: Path, mo
     assert "nayer" in ended.out
 
 
+def test_an_installed_method_that_is_broken_stops_no_suite(
+    command: Command, install: Callable[[str, str, str], None]
+) -> None:
+    install("their_gone", "", "[dfkd_bench.methods]\ntheirs = no_such_module\n")
+    ended = command("plan", "smoke_digits")
+    assert ended.code == 0
+    assert ended.err.startswith("warning: methods plugin 'theirs' of their-gone")
+    assert "theirs" not in ended.out
+
+
 def test_describe_shows_settings_with_bounds_and_sources(command: Command) -> None:
     ended = command("describe", "nayer")
     assert ended.code == 0
