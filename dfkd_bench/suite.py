@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 
-from dfkd_bench import equal, inputs, teachers
+from dfkd_bench import equal, inputs, needs, teachers
 from dfkd_bench.compute import resolve_device, resolve_precision
 from dfkd_bench.data import DataSet
 from dfkd_bench.errors import UserError, unknown, validation_line
@@ -341,6 +341,8 @@ def expand(
             else _equal_plan(name, classes[name], suite, pair, dataset, found)
             for name in classes
         }
+        for name, plan in plans.items():
+            needs.check_label_text(name, classes[name], plan.config, found)
         digests = {name: inputs.digests(classes[name], plan.config, dataset, found) for name, plan in plans.items()}
         for seed in suite.seeds:
             for name, plan in plans.items():
