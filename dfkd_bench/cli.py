@@ -88,6 +88,7 @@ class _Terminated(BaseException):
 
 
 def _terminated(_signal: int, _frame: Any) -> None:
+    signal.signal(signal.SIGTERM, lambda *_: None)  # a second one must not break off the clearing up
     raise _Terminated
 
 

@@ -572,6 +572,24 @@ def test_ctrl_c_ends_with_130_and_one_line(interrupted: Interrupted) -> None:
     assert interrupted.stopped.err.strip() == "stopped: nothing is lost, the same command goes on where this one ended"
 
 
+@pytest.mark.parametrize("send", [os.kill, os.killpg], ids=["to the command", "to all its processes"])
+def test_sigterm_gives_the_runs_back(send: Callable[[int, int], None], interrupted: Interrupted, place: Place) -> None:
+    """Else a batch system that starts the command anew elsewhere would find them held for a minute."""
+    options = ("slow", "--no-controls", "-q", "--plugin", str(place.folder / "slow.py"), "--seeds", "7")
+    before = set(place.home.glob("runs/*/lease"))
+    process = place.start(*options)
+    deadline = time.monotonic() + 100
+    while not (leases := set(place.home.glob("runs/*/lease")) - before) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    send(process.pid, signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert leases
+    assert (process.returncode, err.strip()) == (
+        3, "stopped early: nothing is lost, the same command goes on where this one ended"
+    )  # fmt: skip
+    assert [lease for lease in leases if lease.exists()] == []
+
+
 def test_a_damaged_checkpoint_is_named_and_left_alone(interrupted: Interrupted) -> None:
     assert f"the checkpoint of run {interrupted.run_id} can't be read" in interrupted.damaged.error()
 
