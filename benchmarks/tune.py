@@ -7,7 +7,8 @@ Runs have seeds from 100 up and are evaluated on the validation split, so that n
 trials get the first seed; the ``--finalists`` best of each method get the other seeds, too, and only they can be
 chosen. The trials go to ``OUTPUT/trials/<data set>.json``; the best one by mean last-epoch accuracy is printed, to be
 copied into the method's file by hand. Trials of earlier calls are kept for methods that are not named. Runs are kept
-below ``OUTPUT/trials/.work``, so that a call that was stopped goes on where it was.
+below ``OUTPUT/trials/.work``, so that a call that was stopped goes on where it was. A method in a file of its own is
+named with ``--plugin FILE``.
 
 With ``--protocol equal`` only the learning rate is chosen, from the values of ``benchmarks/equal.toml``, the same for
 all methods; the trials go to ``OUTPUT/trials/<data set>_equal.json``, the winners into the methods' ``equal_lr``.
@@ -117,7 +118,7 @@ def run_trials(
     planned = {item.job.id: item for plan in plans for item in plan.planned}
     whole = Plan(plans[0].suite, tuple(planned.values()), ())
     devices, threads = default_devices("auto", None, whole.to_run(("failed", "stale")))
-    place = Place(home, threads=threads, workers=len(devices))
+    place = Place(home, plugin_files=found.files, threads=threads, workers=len(devices))
     with show(whole, Console(stderr=True), quiet=not sys.stderr.isatty()) as report:
         made = {item.job_id: item for item in carry_out(whole, found, place, devices, ("failed", "stale"), report)}
     done = []
@@ -193,6 +194,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m dfkd_bench.benchmarks.tune", description=__doc__.split("\n")[0])
     parser.add_argument("--dataset", required=True, help="data set, or folder:PATH")
     parser.add_argument("--methods", required=True, help="comma list, or all")
+    parser.add_argument("--plugin", type=Path, action="append", default=[], help="a Python file; can be repeated")
     parser.add_argument(
         "--protocol", choices=["smoke", "equal"], default="smoke", help="smoke: settings; equal: learning rates"
     )
@@ -207,7 +209,9 @@ def main() -> None:
         seeds = parse_seeds(arguments.seeds)
         if min(seeds) < FIRST_SEED:
             raise UserError(f"--seeds {arguments.seeds}: settings are chosen with seeds from {FIRST_SEED} up")
-        dataset, protocol, found = arguments.dataset, arguments.protocol, plugins.discover()
+        dataset, protocol, found = arguments.dataset, arguments.protocol, plugins.discover(arguments.plugin)
+        for line in found.broken.values():
+            print(f"warning: {line}", file=sys.stderr)
         suffix = "_equal" if protocol == "equal" else ""
         path = arguments.output / "trials" / f"{record.safe_name(dataset)}{suffix}.json"
         methods, finalists = split_list(arguments.methods), min(arguments.finalists, arguments.trials)

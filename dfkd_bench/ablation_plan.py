@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from dfkd_bench import data, text
+from dfkd_bench import data, needs, text
 from dfkd_bench.ablation import Ablation, Row, RowRecords, axis_value, row_suite
 from dfkd_bench.data import DataSet
 from dfkd_bench.errors import UserError, unknown
@@ -119,13 +119,10 @@ def _merged(plans: Sequence[Plan], rows: Sequence[PlannedRow], rerun: Sequence[s
 def _why_not(plan: Plan, found: Plugins, dataset: DataSet, rerun: Sequence[str], encode: bool) -> tuple[str, str]:
     """Why the jobs that are left can't run, that is which label-text embeddings are not at hand, and what went wrong
     when they were to be made."""
-    if not plan.to_run(rerun):
+    texts = needs.label_texts(plan.to_run(rerun), found)
+    if not texts:
         return "", ""
-    job = plan.planned[0].job
-    method = found.method(job.method)
-    if not method.reads_label_text(method.Config(**job.config)):
-        return "", ""
-    wanted = (dataset.name, dataset.class_names, job.config["encoder"], job.config["prompt"], found.encoders)
+    wanted = (dataset.name, dataset.class_names, texts[0].encoder, texts[0].prompt, found.encoders)  # one for all seeds
     trouble = ""
     if encode:
         try:

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from dfkd_bench.ablation import Ablation
     from dfkd_bench.ablation_plan import AblationPlan
     from dfkd_bench.job import Job
+    from dfkd_bench.needs import Lacking
     from dfkd_bench.plan import Plan
     from dfkd_bench.plugins import Plugins
     from dfkd_bench.record import Record
@@ -90,6 +91,7 @@ class _Terminated(BaseException):
 
 
 def _terminated(_signal: int, _frame: Any) -> None:
+    signal.signal(signal.SIGTERM, lambda *_: None)  # a second one must not break off the clearing up
     raise _Terminated
 
 
@@ -140,7 +142,7 @@ def run(asked: TableOptions, work: WorkOptions, verbose: Verbose = False, quiet:
     chosen = _suite(asked, found)
     planned = _plan(asked, chosen, found)
     if work.dry_run:
-        out.print(listing.plan(planned))
+        out.print(listing.plan(planned, _lacking(asked, planned, found)))
         return
     records = _carry_out(planned, asked, work, found, again, quiet)
     if records:
@@ -156,9 +158,11 @@ def plan(asked: TableOptions) -> None:
 
     found = _plugins(asked.plugin)
     if (ablation := _ablation_if_named(asked, found)) is not None:
-        out.print(listing.ablation_plan(_ablation_plan(asked, ablation, found)))
+        of_rows = _ablation_plan(asked, ablation, found)
+        out.print(listing.ablation_plan(of_rows, _lacking(asked, of_rows.plan, found)))
         return
-    out.print(listing.plan(_plan(asked, _suite(asked, found), found)))
+    planned = _plan(asked, _suite(asked, found), found)
+    out.print(listing.plan(planned, _lacking(asked, planned, found)))
 
 
 @app.command()
@@ -253,7 +257,8 @@ def ablate(
     found = _plugins(asked.plugin)
     chosen = _ablation(name, asked, found)
     if work.dry_run:
-        out.print(listing.ablation_plan(_ablation_plan(asked, chosen, found)))
+        of_rows = _ablation_plan(asked, chosen, found)
+        out.print(listing.ablation_plan(of_rows, _lacking(asked, of_rows.plan, found)))
         return
     planned = _ablation_plan(asked, chosen, found, again, encode=True)
     for row in planned.rows:
@@ -513,6 +518,13 @@ def _plan(asked: TableOptions, chosen: Suite, found: Plugins) -> Plan:
     from dfkd_bench.plan import make_plan
 
     return make_plan(chosen, found, asked.output, asked.data_root, asked.device, _precision(asked.precision))
+
+
+def _lacking(asked: TableOptions, planned: Plan, found: Plugins) -> Lacking:
+    from dfkd_bench import data, needs
+
+    dataset = data.dataset(planned.suite.dataset, asked.data_root, found.datasets)
+    return needs.lacking(planned.to_run(), found, dataset, asked.data_root)
 
 
 def _named(chosen: Suite, planned: Plan, asked: TableOptions) -> Suite:

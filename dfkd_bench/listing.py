@@ -19,6 +19,7 @@ from dfkd_bench.plugins import Plugins, Source, unavailable
 if TYPE_CHECKING:
     from dfkd_bench.ablation_plan import AblationPlan
     from dfkd_bench.method import Method
+    from dfkd_bench.needs import Lacking
     from dfkd_bench.plan import Plan
 
 
@@ -148,8 +149,8 @@ def _bounds(metadata: list[Any]) -> str:
     return ", ".join(found) or "-"
 
 
-def plan(plan_: Plan) -> RenderableType:
-    """Every job with its state, then the sums."""
+def plan(plan_: Plan, lacking: Lacking) -> RenderableType:
+    """Every job with its state, then the sums and what is fetched, encoded and trained before the runs."""
     table = _table(
         "job", "method", "pair", "seed", "state", "epochs", "student steps", "settings from", right=("seed",)
     )
@@ -172,11 +173,24 @@ def plan(plan_: Plan) -> RenderableType:
     for spec in plan_.missing_teachers:
         epochs = f"{spec.recipe.epochs} epochs" if spec.recipe else f"imported, sha256 {(spec.sha256 or '')[:12]}"
         lines.append(f"teacher to be trained first: {spec.model} on {plan_.suite.dataset} ({epochs})")
-    return Group(table, Text(""), Text("\n".join([*lines, "nothing was started"])))
+    return Group(table, Text(""), Text("\n".join([*lines, *_first(lacking), "nothing was started"])))
 
 
-def ablation_plan(planned: AblationPlan) -> RenderableType:
-    """Every row with what is changed in it and how far it is, then the sums and what can't run."""
+def _first(lacking: Lacking) -> list[str]:
+    readers: dict[tuple[str, str], list[str]] = {}
+    for one in lacking.embeddings:
+        readers.setdefault((one.encoder, one.prompt), []).append(one.method)
+    return [
+        *(f"data: {line}" for line in lacking.data),
+        *(
+            f"embeddings to be encoded first: {encoder}, prompt '{prompt}' ({', '.join(methods)})"
+            for (encoder, prompt), methods in readers.items()
+        ),
+    ]
+
+
+def ablation_plan(planned: AblationPlan, lacking: Lacking) -> RenderableType:
+    """Every row with what is changed in it and how far it is, then the sums, what can't run, and what is missing."""
     table = _table("row", "method", "changed", "job of the first seed", "seeds")
     for item in planned.rows:
         row, counts = item.row, Counter(one.state for one in item.planned)
@@ -192,7 +206,7 @@ def ablation_plan(planned: AblationPlan) -> RenderableType:
     lines = [f"{len(plan_.planned)} jobs, shared ones once: {sums} ({place})"]
     lines += [f"not at hand for row '{item.row.label}': {item.missing}" for item in planned.rows if item.missing]
     lines += [f"teacher to be trained first: {spec.model} on {ablation.dataset}" for spec in plan_.missing_teachers]
-    return Group(table, Text(""), Text("\n".join([*lines, "nothing was started"])))
+    return Group(table, Text(""), Text("\n".join([*lines, *_first(lacking), "nothing was started"])))
 
 
 def doctor(data_root: Path | None, found: Plugins) -> RenderableType:

@@ -55,7 +55,7 @@ class TableOptions:
     """Which table: of ``run``, ``plan``, ``table``, ``plot`` and ``gallery``."""
 
     suite: Annotated[str | None, typer.Argument(help="A built-in suite or a TOML file; or use --methods.")] = None
-    methods: Annotated[str | None, typer.Option("--methods", "-m", help="Comma list: nayer,fm.")] = None
+    methods: Annotated[str | None, typer.Option("--methods", "-m", help="Comma list: nayer,fm; or all.")] = None
     dataset: DatasetName = None
     pair: Annotated[str | None, typer.Option("--pair", help="TEACHER:STUDENT, or a comma list of pairs.")] = None
     protocol: Protocol = None

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from dfkd_bench import data, lend, record, teachers, text
+from dfkd_bench import data, lend, needs, record, teachers, text
 from dfkd_bench.engines import local
 from dfkd_bench.errors import UserError
 from dfkd_bench.job import Job, Precision, TeacherSpec
@@ -207,7 +207,6 @@ def _needs_are_met(
 ) -> None:
     """What methods need beside the teacher is looked at before anything is trained. Label-text embeddings are made
     here, so that no text encoder is ever imported in a run."""
-    wanted: dict[tuple[str, str, str], None] = {}
     for job in jobs:
         method = found.method(job.method)
         if "unlabelled" in method.needs:
@@ -223,16 +222,13 @@ def _needs_are_met(
                 lend.folder_images(Path(folder), dataset.image_shape)
             except UserError as error:
                 raise UserError(f"{job.method}: {error}") from None
-        if method.reads_label_text(method.Config(**job.config)):
-            if not {"encoder", "prompt"} <= job.config.keys():
-                raise UserError(f"method {job.method} needs label_text, but has no settings `encoder` and `prompt`")
-            wanted[(job.method, job.config["encoder"], job.config["prompt"])] = None
-    for index, (name, encoder, prompt) in enumerate(wanted):
-        report(Step("embeddings", encoder, index, len(wanted)))
+    wanted = needs.label_texts(jobs, found)
+    for index, one in enumerate(wanted):
+        report(Step("embeddings", one.encoder, index, len(wanted)))
         try:
-            text.ensure(dataset.name, dataset.class_names, encoder, prompt, found.encoders)
+            text.ensure(dataset.name, dataset.class_names, one.encoder, one.prompt, found.encoders)
         except UserError as error:
-            raise UserError(f"{name}: {error}") from None
+            raise UserError(f"{one.method}: {error}") from None
 
 
 def _listener(

@@ -184,6 +184,10 @@ def discover(files: Sequence[Path] = ()) -> Plugins:
     broken: dict[str, str] = {}
     for source in _built_in() + _entry_points():
         _put(methods, source)
+        if source.path is None:  # an error only where it is asked for by name
+            broken[f"method {source.name}"] = (
+                f"methods plugin '{source.name}' of {source.distribution}: module {source.module} can't be found"
+            )
     origins: dict[tuple[str, str], str] = {}
     for group in found:
         for entry in importlib.metadata.entry_points(group=f"dfkd_bench.{group}"):

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 
-from dfkd_bench import equal, inputs, teachers
+from dfkd_bench import equal, inputs, needs, teachers
 from dfkd_bench.compute import resolve_device, resolve_precision
 from dfkd_bench.data import DataSet
 from dfkd_bench.errors import UserError, unknown, validation_line
@@ -25,7 +25,7 @@ from dfkd_bench.plugins import Plugins
 TEACHER = "teacher"  # owner of settings that change the teacher's recipe: -s teacher.epochs=50
 SMALL_RECIPE = {"epochs": 30, "include_validation": False}  # `smoke` on a data set without a recipe of its own
 
-ALL = "all"  # among the methods of a suite: every data-free one
+ALL = "all"  # among the methods of a suite: every built-in data-free one, and those of --plugin files
 PROTOCOLS: tuple[ProtocolName, ...] = ("paper", "equal", "smoke")
 
 
@@ -215,22 +215,27 @@ def from_options(
 
 
 def with_all(suite: Suite, found: Plugins) -> Suite:
-    """The suite with ``all`` replaced by what it stands for."""
+    """The suite with ``all`` replaced, where it stands, by what it stands for; who is named keeps an earlier place."""
     if ALL not in suite.methods:
         return suite
-    named = [method for method in suite.methods if method != ALL]
     every = all_methods(found, suite.protocol, suite.dataset)
-    return suite.model_copy(update={"methods": tuple(dict.fromkeys([*named, *every]))})
+    names = [name for method in suite.methods for name in (every if method == ALL else (method,))]
+    return suite.model_copy(update={"methods": tuple(dict.fromkeys(names))})
 
 
 def all_methods(found: Plugins, protocol: ProtocolName, dataset: str) -> tuple[str, ...]:
-    """What ``all`` stands for: the lead method, then by year every other data-free method that has settings."""
-    cards = {name: source.card() for name, source in found.methods.items()}
+    """What ``all`` stands for: the lead method, then by year the other built-in data-free methods that have settings,
+    then the data-free ones of plugin files, with settings or without.
+
+    What other packages bring by entry points is not among them: a table must not depend on what is installed beside.
+    """
+    cards = {name: source.card() for name, source in found.methods.items() if source.kind != "entry point"}
     free = [name for name, card in cards.items() if card.get("family") != "control"]
+    of_files = [name for name in free if found.methods[name].kind == "file"]
     lead = defaults()["lead_method"]
-    order = sorted(free, key=lambda name: (name != lead, _year(cards[name]), name))
+    order = sorted(set(free) - set(of_files), key=lambda name: (name != lead, _year(cards[name]), name))
     table = settings_table(protocol, dataset)
-    return tuple(name for name in order if _tables(found.method(name))[table])
+    return (*(name for name in order if _tables(found.method(name))[table]), *of_files)
 
 
 def _year(card: Mapping[str, Any]) -> int:
@@ -343,6 +348,8 @@ def expand(
             else _equal_plan(name, classes[name], suite, pair, dataset, found)
             for name in classes
         }
+        for name, plan in plans.items():
+            needs.check_label_text(name, classes[name], plan.config, found)
         digests = {name: inputs.digests(classes[name], plan.config, dataset, found) for name, plan in plans.items()}
         for seed in suite.seeds:
             for name, plan in plans.items():

@@ -57,6 +57,7 @@ __all__ = [
     "encode",
     "encoder_names",
     "ensure",
+    "is_at_hand",
     "load",
     "pack",
     "render",
@@ -147,6 +148,16 @@ def ensure(
         found = _find(dataset, class_names, source, prompt)
         assert found is not None
     return found
+
+
+def is_at_hand(
+    dataset: str, class_names: Sequence[str], encoder: str, prompt: str, extra: Mapping[str, Any] | None = None
+) -> bool:
+    """Whether ``load`` has them; else a text model must be asked first. ``UserError``: a wrong argument."""
+    try:
+        return _find(dataset, class_names, build_encoder(encoder, extra), prompt) is not None
+    except _DamagedError:  # it is made again
+        return False
 
 
 def encode(source: TextEncoder, texts: Sequence[str]) -> tuple[Rows, Origin]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,24 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "home"
     monkeypatch.setenv(HOME_VARIABLE, str(folder))
     return folder
+
+
+@pytest.fixture
+def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str, str], None]:
+    """``install(module, text, entry points)``: a package as pip would leave it, for this test alone."""
+    site = tmp_path / "site"
+    site.mkdir()
+    monkeypatch.syspath_prepend(str(site))
+
+    def make(module: str, text: str, entry_points: str) -> None:
+        monkeypatch.delitem(sys.modules, module, raising=False)
+        (site / f"{module}.py").write_text(text)
+        facts = site / f"{module}-1.2.dist-info"
+        facts.mkdir()
+        (facts / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {module.replace('_', '-')}\nVersion: 1.2\n")
+        (facts / "entry_points.txt").write_text(entry_points)
+
+    return make
 
 
 def _random_classifier(classes: int, channels: int, seed: int) -> nn.Module:

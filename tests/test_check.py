@@ -16,6 +16,7 @@ import torch
 from dfkd_bench import check, plugins
 from dfkd_bench.check.real_run import two_epoch_run
 from dfkd_bench.check.whole_runs import works_at_8x8_grey
+from dfkd_bench.method import Method
 from dfkd_bench.paths import HOME_VARIABLE
 
 PAGE = (Path(__file__).parent.parent / "docs" / "adding_a_method.md").read_text(encoding="utf-8")
@@ -75,6 +76,19 @@ def example(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
 
 def test_the_example_on_the_page_conforms(example: Outcomes) -> None:
     assert failed(example) == {}
+
+
+def test_tuning_the_example_makes_no_record_of_it_stale(tmp_path: Path) -> None:
+    hashes = set()
+    for name, text in (("present", EXAMPLE), ("tuned", EXAMPLE.replace('"pixel_steps": 20}', '"pixel_steps": 40}'))):
+        (tmp_path / f"{name}.py").write_text(text, encoding="utf-8")
+        hashes.add(plugins.method_file(tmp_path / f"{name}.py").source_sha256())
+    assert len(hashes) == 1
+
+
+def test_the_page_names_all_that_a_method_may_say() -> None:
+    named = set(re.findall(r"(?:[`.]|^)(\w+)", PAGE, re.MULTILINE))
+    assert {name for name in vars(Method) if not name.startswith("_")} - named == set()
 
 
 def test_the_page_names_existing_checks() -> None:

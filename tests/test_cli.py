@@ -131,6 +131,12 @@ DIGITS = ("-m", "nayer", "-d", "digits")
         (("run", *DIGITS, "-s", "nayer.loops=0"), "nayer: loops: Input should be greater than or equal to 1"),
         (("run", *DIGITS, "-s", "nayer.lr=fast"), "nayer: lr: Input should be a valid number"),
         (("run", *DIGITS, "-s", "nayer.encoder=sbrt"), "sbrt"),
+        (("plan", *DIGITS, "-s", "nayer.encoder=sbrt"), "nayer: unknown text encoder 'sbrt': did you mean 'sbert'?"),
+        (("plan", *DIGITS, "-s", "nayer.encoder="), "nayer: unknown text encoder ''"),
+        (("plan", *DIGITS, "-s", "nayer.encoder=onehot:"), "has nothing after the colon"),
+        (("plan", *DIGITS, "-s", "nayer.encoder=onehot:4"), "nayer: text encoder 'onehot:4' is too narrow"),
+        (("plan", *DIGITS, "-s", "nayer.encoder=file:gone.npy"), "nayer: can't read one matrix [10, d] from gone.npy"),
+        (("plan", *DIGITS, "-s", "nayer.prompt={nmae}"), "nayer: unknown field of the prompt 'nmae': did you mean"),
         (("run", *DIGITS, "--init-images", "made"), "takes images to begin with (nayer): leave it out"),
         (("plan", "nayer_noise", "--init-images", "made"), "takes images to begin with (nayer): leave it out"),
         (("ablate", "nayer_noise", "--methods", "fm"), "--methods"),
@@ -331,6 +337,16 @@ def test_a_broken_package_is_a_warning_only(command: Command, tmp_path: Path, mo
     assert "nayer" in ended.out
 
 
+def test_an_installed_method_that_is_broken_stops_no_suite(
+    command: Command, install: Callable[[str, str, str], None]
+) -> None:
+    install("their_gone", "", "[dfkd_bench.methods]\ntheirs = no_such_module\n")
+    ended = command("plan", "smoke_digits")
+    assert ended.code == 0
+    assert ended.err.startswith("warning: methods plugin 'theirs' of their-gone")
+    assert "theirs" not in ended.out
+
+
 def test_describe_shows_settings_with_bounds_and_sources(command: Command) -> None:
     ended = command("describe", "nayer")
     assert ended.code == 0
@@ -352,6 +368,35 @@ def test_plan_starts_nothing(command: Command, home: Path) -> None:
     assert re.search(r"(\d+) jobs: \1 new \(protocol smoke, fp32\)", ended.out)
     assert "teacher to be trained first: wrn16_2 on digits (30 epochs)" in ended.out
     assert list(home.parent.iterdir()) == []
+
+
+PREPARED = [
+    (("-m", "nayer", "-d", "digits"), []),
+    (("-m", "fm,nayer", "-d", "cifar10"), [
+        "data: cifar10, not at hand: downloaded before the runs",
+        "embeddings to be encoded first: clip, prompt 'a image of {name}' (nayer)",
+    ]),
+    (("-m", "nayer,cae_dfkd", "-d", "digits", "-s", "nayer.prompt=my {name}", "-s", "cae_dfkd.prompt=my {name}"), [
+        "embeddings to be encoded first: sbert, prompt 'my {name}' (nayer, cae_dfkd)"
+    ]),
+    (("-m", "ood_kd", "-d", "digits", "-s", "ood_kd.pool=mnist"), [
+        "data: mnist (pool of ood_kd), not at hand: downloaded before the runs"
+    ]),
+    (("-m", "cmi", "-d", "digits", "--init-images", "gone"), [
+        "data: gone (initial_images of cmi): there is no such folder"
+    ]),
+    (("nayer_noise", "-d", "cifar100", "-s", "nayer.encoder=sbert"), [
+        "data: cifar100, not at hand: downloaded before the runs"
+    ]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("table", "lines"), PREPARED, ids=lambda value: " ".join(value[:4]))
+def test_a_plan_says_what_is_fetched_and_encoded_first(
+    table: tuple[str, ...], lines: list[str], command: Command
+) -> None:
+    out = command("plan", *table).out
+    assert [line for line in out.splitlines() if line.startswith(("data:", "embeddings"))] == lines
 
 
 ABLATION = """
@@ -583,6 +628,24 @@ def interrupted(finished: Ended, place: Place) -> Interrupted:
 def test_ctrl_c_ends_with_130_and_one_line(interrupted: Interrupted) -> None:
     assert interrupted.stopped.code == 130
     assert interrupted.stopped.err.strip() == "stopped: nothing is lost, the same command goes on where this one ended"
+
+
+@pytest.mark.parametrize("send", [os.kill, os.killpg], ids=["to the command", "to all its processes"])
+def test_sigterm_gives_the_runs_back(send: Callable[[int, int], None], interrupted: Interrupted, place: Place) -> None:
+    """Else a batch system that starts the command anew elsewhere would find them held for a minute."""
+    options = ("slow", "--no-controls", "-q", "--plugin", str(place.folder / "slow.py"), "--seeds", "7")
+    before = set(place.home.glob("runs/*/lease"))
+    process = place.start(*options)
+    deadline = time.monotonic() + 100
+    while not (leases := set(place.home.glob("runs/*/lease")) - before) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    send(process.pid, signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert leases
+    assert (process.returncode, err.strip()) == (
+        3, "stopped early: nothing is lost, the same command goes on where this one ended"
+    )  # fmt: skip
+    assert [lease for lease in leases if lease.exists()] == []
 
 
 def test_a_damaged_checkpoint_is_named_and_left_alone(interrupted: Interrupted) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -237,6 +238,21 @@ def test_a_plugins_encoder_is_asked_once(command: Command, plugin: Path, labels:
         assert (code, err) == (0, "")
     assert "5 x 5" in out
     assert plugins.discover([plugin]).encoders["vowels"].calls == 1
+
+
+def test_the_pages_encoder_is_asked_anew_once_its_weights_are_others(home: Path, tmp_path: Path) -> None:
+    """The rows change with the code, as an author's would; what `weights()` returns says so."""
+    page = (Path(__file__).parents[1] / "docs" / "text_encoders.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    wide = example.replace('"aeiou"', '"aeiouy"')
+
+    def columns(name: str, source: str) -> int:
+        (tmp_path / f"{name}.py").write_text(source)
+        found = plugins.discover([tmp_path / f"{name}.py"])
+        return text.ensure("", ("sky", "sea"), "vowels", "{name}", found.encoders).matrix.shape[1]
+
+    assert [columns("first", example), columns("forgotten", wide)] == [5, 5]
+    assert columns("raised", wide.replace("version 1", "version 2")) == 6
 
 
 @pytest.mark.parametrize(

@@ -56,24 +56,6 @@ def write(tmp_path: Path) -> Callable[[str, str], Path]:
     return make
 
 
-@pytest.fixture
-def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
-    """``install(module, text, entry points)``: a package as pip would leave it, for this test alone."""
-    site = tmp_path / "site"
-    site.mkdir()
-    monkeypatch.syspath_prepend(str(site))
-
-    def make(module: str, text: str, entry_points: str) -> None:
-        monkeypatch.delitem(sys.modules, module, raising=False)
-        (site / f"{module}.py").write_text(text)
-        facts = site / f"{module}-1.2.dist-info"
-        facts.mkdir()
-        (facts / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {module.replace('_', '-')}\nVersion: 1.2\n")
-        (facts / "entry_points.txt").write_text(entry_points)
-
-    return make
-
-
 # --- Built in ---------------------------------------------------------------------------------------------------------
 
 
@@ -288,6 +270,16 @@ def test_a_data_set_of_the_wrong_type_of_another_package_stops_nothing(install: 
     found = discover()
     assert "theirs" not in found.datasets
     assert found.broken["theirs"].startswith("datasets plugin 'theirs' (their_number:x) is of type int: expected a ")
+
+
+def test_a_method_whose_module_is_gone_is_a_line_and_an_error_once_it_is_named(install: Install) -> None:
+    install("their_gone", "", "[dfkd_bench.methods]\ntheirs = no_such_module\n")
+    found = discover()
+    assert list(found.broken.values()) == [
+        "methods plugin 'theirs' of their-gone: module no_such_module can't be found"
+    ]
+    with pytest.raises(UserError, match=r"method 'theirs' .* fails to import: ModuleNotFoundError"):
+        found.method("theirs")
 
 
 def test_a_data_set_of_another_package_does_not_replace_a_built_in_one(install: Install) -> None:

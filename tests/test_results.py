@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import re
+import shlex
 from pathlib import Path
 
 import pytest
 
-from dfkd_bench import data, plugins, teachers
+from dfkd_bench import cli, data, plugins, teachers
 from dfkd_bench.ablation import RowRecords, read_ablation
 from dfkd_bench.ablation_plan import AblationPlan, plan_ablation
 from dfkd_bench.benchmarks import cards
@@ -88,6 +90,18 @@ def test_every_row_of_a_committed_ablation_has_five_seeds_or_a_reason(stem: str)
 def test_the_readme_shows_the_committed_table() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert tables.to_text(built("smoke_digits"), 120) in readme
+
+
+COMMANDS = re.findall(r"^    dfkd-bench ([^#\n]+)", (RESULTS / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_commands_of_the_page_print_a_table(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    cli.app(shlex.split(command), standalone_mode=False)
+    assert "last epoch" in capsys.readouterr().out
 
 
 def test_records_lie_where_their_jobs_say() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -137,10 +138,29 @@ def test_all_are_the_data_free_methods_with_settings_the_lead_method_first() -> 
     assert not {"scratch", "real_kd", "noise_kd", "ood_kd"} & set(every)
 
 
-def test_a_year_that_is_no_number_comes_first_among_all(tmp_path: Path) -> None:
+def test_a_year_that_is_no_number_stops_nothing(tmp_path: Path) -> None:
     text = "from dfkd_bench.methods.fm import FastMeta\nCARD = {'year': '2020'}\nclass Mine(FastMeta): pass\n"
     (tmp_path / "mine.py").write_text(text)
-    assert suite.all_methods(plugins.discover([tmp_path / "mine.py"]), "smoke", "digits")[:2] == ("nayer", "mine")
+    assert suite.all_methods(plugins.discover([tmp_path / "mine.py"]), "smoke", "digits")[-1] == "mine"
+
+
+@pytest.mark.parametrize("text", [BARE, "raise RuntimeError('no luck')"], ids=["sound", "broken"])
+def test_what_else_is_installed_changes_no_suite(text: str, install: Callable[[str, str, str], None]) -> None:
+    install("their_bare", text, "[dfkd_bench.methods]\ntheirs = their_bare\n")
+    assert with_all(read_suite("smoke_digits"), plugins.discover()) == with_all(read_suite("smoke_digits"), FOUND)
+
+
+def test_a_plugin_file_of_the_command_line_is_one_of_all(tmp_path: Path) -> None:
+    file = tmp_path / "bare.py"
+    file.write_text(BARE)
+    built_in = with_all(read_suite("smoke_digits"), FOUND).methods
+    assert with_all(read_suite("smoke_digits"), plugins.discover([file])).methods == (*built_in, "bare")
+
+
+def test_an_installed_method_can_be_named_beside_all(install: Callable[[str, str, str], None]) -> None:
+    install("their_bare", BARE, "[dfkd_bench.methods]\ntheirs = their_bare\n")
+    asked = with_all(digits(("all", "theirs")), plugins.discover())
+    assert asked.methods == (*with_all(digits(("all",)), FOUND).methods, "theirs")
 
 
 BASE = 'title = "t"\ndataset = "digits"\n'

@@ -62,6 +62,15 @@ def letters(monkeypatch: pytest.MonkeyPatch) -> type[Letters]:
     return Letters
 
 
+def test_embeddings_are_at_hand_once_they_are_encoded(letters: type[Letters]) -> None:
+    asked = ("own", OWN, "sbert", "{name}")
+    assert not text.is_at_hand(*asked)
+    kept = text.ensure(*asked).path
+    assert text.is_at_hand(*asked)
+    Path(str(kept)).write_bytes(b"damaged")
+    assert not text.is_at_hand(*asked)
+
+
 # --- Prompts ----------------------------------------------------------------------------------------------------------
 
 

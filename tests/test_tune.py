@@ -14,6 +14,7 @@ from dfkd_bench.benchmarks import tune
 from dfkd_bench.job import Job
 from dfkd_bench.plan import Plan
 from dfkd_bench.record import Counters, MethodFacts, Record, Score
+from dfkd_bench.run import Place
 
 SEARCH = {"generator_steps": (10, 20, 30), "loops": (1, 2), "lr": (0.05, 0.1, 0.2)}
 PRESENT = {"generator_steps": 20, "loops": 1, "lr": 0.1}
@@ -37,9 +38,11 @@ class Runs:
 
     def __init__(self) -> None:
         self.jobs: list[Job] = []
+        self.place = Place(Path())
 
-    def __call__(self, plan: Plan, *_others: Any) -> list[Record]:
+    def __call__(self, plan: Plan, _found: Any, place: Place, *_others: Any) -> list[Record]:
         jobs = [item.job for item in plan.planned]
+        self.place = place
         self.jobs += jobs
         return [made(job, job.config["generator_steps"] - (job.seed == 101)) for job in jobs]
 
@@ -146,6 +149,29 @@ def test_protocol_equal_chooses_among_the_budgets_learning_rates(
 def test_no_teacher_of_a_trial_has_seen_validation(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, runs: Runs) -> None:
     call(monkeypatch, tmp_path, "--protocol", "equal", "--dataset", "cifar10")
     assert {job.teacher.recipe and job.teacher.recipe.include_validation for job in runs.jobs} == {False}
+
+
+PLUGIN = """
+from dfkd_bench.method import Method, MethodConfig, Synthesis
+
+class Config(MethodConfig):
+    generator_steps: int = 1
+
+class Mine(Method):
+    Config = Config
+    def synthesize(self, student, at):
+        return Synthesis(None)
+
+Mine.search = {"generator_steps": (1, 2, 3)}
+"""
+
+
+def test_a_method_of_a_file_is_tuned(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, runs: Runs) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(PLUGIN)
+    kept = call(monkeypatch, tmp_path, "--methods", "mine", "--plugin", str(file), "--seeds", "100")
+    assert kept["mine"]["trials"][kept["mine"]["chosen"]]["settings"] == {"generator_steps": 3}
+    assert runs.place.plugin_files == (file,)  # the processes of the runs find it, too
 
 
 def test_trials_of_other_methods_are_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, runs: Runs) -> None:

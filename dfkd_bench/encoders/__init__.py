@@ -129,6 +129,12 @@ def build_encoder(spec: str, extra: Mapping[str, Any] | None = None) -> Encoder:
     ``extra`` maps names of encoders from plugins to their classes. ``UserError``: an unknown name, a wrong argument, a
     plugin's encoder that is none.
     """
+    name, _, argument = spec.partition(":")
+    return encoder_kind(spec, extra)(name, argument)
+
+
+def encoder_kind(spec: str, extra: Mapping[str, Any] | None = None) -> type[Encoder]:
+    """The class of that encoder; whether its argument means anything is not looked at. Errors as above."""
     name, colon, argument = spec.partition(":")
     extra = extra or {}
     if name in encoder_names():
@@ -144,8 +150,7 @@ def build_encoder(spec: str, extra: Mapping[str, Any] | None = None) -> Encoder:
         raise unknown("text encoder", name, [*encoder_names(), *extra])
     if colon and not argument:
         raise UserError(f"text encoder '{spec}' has nothing after the colon: expected {kind.expected}")
-    encoder: Encoder = kind(name, argument)
-    return encoder
+    return kind
 
 
 @functools.cache

@@ -228,7 +228,20 @@ def _environment() -> dict[str, str]:
 
 def _in_environment(environment: dict[str, str], child: Callable[..., None], *arguments: Any) -> None:
     os.environ.update(environment)
+    for wanted in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(wanted) is not signal.SIG_IGN:  # what the shell has a background job ignore stays so
+            signal.signal(wanted, _stopped)
     child(*arguments)
+
+
+def _stopped(_signal: int, _frame: Any) -> None:
+    """Ctrl-C, and SIGTERM likewise: the run gives its lease back, so that whoever takes it up need not wait.
+
+    Only the first counts: after Ctrl-C, or a batch system's SIGTERM to all processes, the parent sends another.
+    """
+    for other in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(other, lambda *_: None)  # not SIG_IGN: Python complains of one that has come already
+    raise KeyboardInterrupt
 
 
 def _tell(connection: Connection, message: tuple[str, Any]) -> None:
