@@ -30,7 +30,6 @@ def held(path: Path, what: str, wait: bool = False) -> Iterator[None]:
     process = psutil.Process()
     owner = {"host": socket.gethostname(), "pid": process.pid, "started": process.create_time()}
     mine = json.dumps({**owner, "token": uuid.uuid4().hex})
-    _take(path, mine, what, wait)
     stop = threading.Event()
 
     def beat() -> None:
@@ -39,12 +38,14 @@ def held(path: Path, what: str, wait: bool = False) -> Iterator[None]:
                 os.utime(path)
 
     thread = threading.Thread(target=beat, daemon=True)
-    thread.start()
-    try:
+    try:  # from here on, since a signal may come at any moment
+        _take(path, mine, what, wait)
+        thread.start()
         yield
     finally:
         stop.set()
-        thread.join()
+        if thread.ident is not None:
+            thread.join()
         with contextlib.suppress(FileNotFoundError):
             if path.read_text() == mine:  # else another has taken it over
                 path.unlink()

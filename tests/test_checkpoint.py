@@ -415,6 +415,18 @@ def myself() -> str:
     return owner(os.getpid(), started=psutil.Process().create_time())
 
 
+def test_a_signal_right_after_the_lease_is_taken_gives_it_back(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(_thread: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(lease.threading.Thread, "start", stopped)  # what comes next
+    with pytest.raises(KeyboardInterrupt), folder.lease():
+        pass
+    assert not (folder.path / "lease").exists()
+
+
 def test_a_second_holder_is_busy_until_the_first_is_done(folder: RunFolder) -> None:
     with folder.lease():
         with pytest.raises(Busy, match=folder.job.id), reopened(folder).lease():
