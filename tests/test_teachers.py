@@ -298,11 +298,25 @@ def test_verify_sees_another_accuracy(at_hand: Path) -> None:
     assert at_hand.name in one_line(caught)
 
 
+class Flat(nn.Module):
+    """A plugin's model for images of 8x8."""
+
+    def __init__(self, width: int, classes: int, channels: int) -> None:
+        super().__init__()
+        self.hidden = nn.Linear(64 * channels, width)
+        self.classifier = nn.Linear(width, classes)
+
+    def features(self, images: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+        penultimate = self.hidden(images.flatten(1))
+        return self.classifier(penultimate), penultimate, [penultimate]
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.features(images)[0]
+
+
 def flat(width: int) -> Callable[[int, int], nn.Module]:
-    """A plugin's model, as its file has it at some time."""
-    return lambda classes, channels: nn.Sequential(
-        nn.Flatten(), nn.Linear(64 * channels, width), nn.Linear(width, classes)
-    )
+    """The model as its file has it at some time."""
+    return lambda classes, channels: Flat(width, classes, channels)
 
 
 def test_a_teacher_of_a_plugins_model_that_was_changed_is_one_line(data_only: Path) -> None:
@@ -310,7 +324,7 @@ def test_a_teacher_of_a_plugins_model_that_was_changed_is_one_line(data_only: Pa
     teachers.train(DIGITS, spec, Compute(CPU), models={"flat": flat(5)})
     place = teachers.folder(DIGITS, spec)
     with pytest.raises(
-        UserError, match=r"does not fit model flat of the plugin any more: 1\.weight has shape"
+        UserError, match=r"does not fit model flat of the plugin any more: hidden\.weight has shape"
     ) as caught:
         teachers.verify(place, DIGITS, None, {"flat": flat(6)})
     assert str(place) in one_line(caught)
