@@ -134,8 +134,12 @@ def _as_of_today(found: Record, today: str, same_results: frozenset[str]) -> Rec
 
 def _known(names: Iterable[str], found: Plugins) -> dict[str, tuple[str, frozenset[str]]]:
     """Of each method today's source, and all with the same results."""
-    sources = {name: found.source(name) for name in set(names)}
-    return {name: (source.source_sha256(), source.same_results()) for name, source in sources.items()}
+    known = {}
+    for name in set(names):
+        source = found.source(name)
+        today = source.source_sha256()  # not twice: it parses the file
+        known[name] = (today, source.earlier_sources() | {today})
+    return known
 
 
 @dataclass(frozen=True)

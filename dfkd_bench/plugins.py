@@ -91,18 +91,21 @@ class Source:
         return hashlib.sha256("".join([_meaning(tree), *map(_meaning, _parts(tree))]).encode()).hexdigest()
 
     def same_results(self) -> frozenset[str]:
-        """Hashes of sources that make the same records: today's, and earlier ones that the file names.
+        """Hashes of sources that make the same records: today's, and earlier ones that the file names."""
+        return frozenset({self.source_sha256()}) | self.earlier_sources()
 
-        It names them by ``NAME.same_results = ("<hash>", ...)`` at its end: a switch that was added touches none of
-        the runs without it, and they need not be made anew.
+    def earlier_sources(self) -> frozenset[str]:
+        """Those that the file names by ``NAME.same_results = ("<hash>", ...)`` at its end.
+
+        A switch that was added touches none of the runs without it, and they need not be made anew.
         """
-        today = frozenset({self.source_sha256()})
-        if self.path is None:
-            return today
-        for node in ast.parse(self.path.read_text(encoding="utf-8")).body:
-            if isinstance(node, ast.Assign) and _is_table(node, ("same_results",)):
-                return today | frozenset(ast.literal_eval(node.value))
-        return today
+        text = self.path.read_text(encoding="utf-8") if self.path is not None else ""
+        if "same_results" not in text:
+            return frozenset()
+        tables = (node for node in ast.parse(text).body if isinstance(node, ast.Assign))
+        return frozenset(
+            earlier for node in tables if _is_table(node, ("same_results",)) for earlier in ast.literal_eval(node.value)
+        )
 
 
 def _meaning(tree: ast.Module) -> str:
