@@ -102,10 +102,22 @@ class Source:
         text = self.path.read_text(encoding="utf-8") if self.path is not None else ""
         if "same_results" not in text:
             return frozenset()
-        tables = (node for node in ast.parse(text).body if isinstance(node, ast.Assign))
-        return frozenset(
-            earlier for node in tables if _is_table(node, ("same_results",)) for earlier in ast.literal_eval(node.value)
-        )
+        for node in ast.parse(text).body:
+            if isinstance(node, ast.Assign) and _is_table(node, ("same_results",)):
+                return self._hashes(node.value)
+        return frozenset()
+
+    def _hashes(self, value: ast.expr) -> frozenset[str]:
+        try:
+            hashes = ast.literal_eval(value)
+        except ValueError:
+            hashes = None
+        if not isinstance(hashes, tuple | list) or not all(isinstance(one, str) for one in hashes):
+            raise UserError(
+                f"method '{self.name}' ({self.describe()}): same_results is no tuple of hashes: expected "
+                '("<hash of an earlier source>",), as records have them'
+            )
+        return frozenset(hashes)
 
 
 def _meaning(tree: ast.Module) -> str:

@@ -320,6 +320,13 @@ def test_earlier_sources_with_the_same_results_are_named_in_the_file(write: Call
     assert later.same_results() == {later.source_sha256(), "0ld"}
 
 
+@pytest.mark.parametrize("value", ["'0ld'", "made()", "(1,)"])
+def test_earlier_sources_of_the_wrong_form_are_one_line(value: str, write: Callable[[str, str], Path]) -> None:
+    source = source_of(write("a", METHOD + f"\nNoise.same_results = {value}\n"))
+    with pytest.raises(UserError, match="same_results is no tuple of hashes: expected"):
+        source.earlier_sources()
+
+
 def test_naming_them_does_not_change_the_hash(write: Callable[[str, str], Path]) -> None:
     plain = source_of(write("a", METHOD)).source_sha256()
     assert source_of(write("b", METHOD + "\nNoise.same_results = ('0ld',)\n")).source_sha256() == plain
