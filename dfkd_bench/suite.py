@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 
-from dfkd_bench import equal, inputs, needs, teachers
+from dfkd_bench import data, equal, inputs, needs, teachers
 from dfkd_bench.compute import resolve_device, resolve_precision
 from dfkd_bench.data import DataSet
 from dfkd_bench.errors import UserError, unknown, validation_line
@@ -449,12 +449,19 @@ def settings_for(method: type[Method], protocol: ProtocolName, dataset: str, pai
     for key in (f"{dataset}/{pair}", dataset):
         if key in table:
             return table[key]
-    # Another data set's settings for the same pair are nearer than those of another pair.
-    candidates = [key for key in table if key.endswith(f"/{pair}")] + [key for key in table if "/" not in key]
-    for key in [*candidates, *table]:
+    # Another data set's settings for the same pair are nearer than those of another pair; a data set with as many
+    # classes is nearer than one with more or fewer, since that is what the number of student steps hangs on.
+    near = sorted(table, key=lambda key: _classes(key.partition("/")[0]) != _classes(dataset))
+    candidates = [key for key in near if key.endswith(f"/{pair}")] + [key for key in near if "/" not in key]
+    for key in [*candidates, *near]:
         found = table[key]
         return found.model_copy(update={"origin": "transferred", "source": f"from {key}: {found.source}"})
     return None
+
+
+def _classes(dataset: str) -> int | None:
+    """Number of classes of a built-in data set; None: another one."""
+    return data.dataset(dataset).num_classes if dataset in data.dataset_names() else None
 
 
 def _plan(

@@ -312,6 +312,13 @@ def test_the_same_pair_of_another_data_set_is_nearer_than_another_pair() -> None
     assert found.config == method.published["cifar10/vgg11:resnet18"].config
 
 
+def test_settings_come_from_a_data_set_with_as_many_classes_first() -> None:
+    method = plugins.discover().method("fm")
+    found = suite.settings_for(method, "smoke", "glyphs32", "convnet32:convnet16")
+    assert found is not None
+    assert found.schedule == method.smoke["glyphs16"].schedule
+
+
 @pytest.mark.parametrize(
     ("method", "dataset", "pair"),
     [
