@@ -73,7 +73,7 @@ def _smoke(pool: str, epochs: int = 20, student_steps: int = 30) -> Published:
 
 
 OutOfDomainKD.smoke = {
-    "digits": _smoke("glyphs16", epochs=10),
+    "digits": _smoke("glyphs16", epochs=8),
     "fashion_mnist": _smoke("digits"),
     "glyphs16": _smoke("digits", student_steps=100),
 }

@@ -366,8 +366,14 @@ def test_plan_starts_nothing(command: Command, home: Path) -> None:
     ended = command("plan", "smoke_digits")
     assert (ended.code, ended.err) == (0, "")
     assert re.search(r"(\d+) jobs: \1 new \(protocol smoke, fp32\)", ended.out)
-    assert "teacher to be trained first: wrn16_2 on digits (30 epochs)" in ended.out
+    assert "teacher to be trained first: wrn16_2 on digits (15 epochs)" in ended.out
     assert list(home.parent.iterdir()) == []
+
+
+def test_a_plan_says_where_each_job_stands_in_the_last_column(command: Command) -> None:
+    head, *rows = command("plan", "smoke_digits").out.splitlines()[:5]
+    assert head.split()[-1] == "state"
+    assert {row[head.index("state") :] for row in rows} == {"new"}
 
 
 PREPARED = [

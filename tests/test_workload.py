@@ -41,13 +41,13 @@ def test_shares_are_those_of_the_work_and_add_up_to_one(jobs: list[Job], found: 
 
 def test_a_run_without_synthesis_is_its_student_batches(jobs: list[Job], found: Plugins) -> None:
     scratch = next(job for job in jobs if job.method == "scratch")
-    assert expected_work(scratch, found, CLASSES) == 300 * 128
+    assert expected_work(scratch, found, CLASSES) == 240 * 128
 
 
 def test_generated_images_count_twice(jobs: list[Job], found: Plugins) -> None:
     nayer = next(job for job in jobs if job.method == "nayer")
     made = (3 * 4 + 20 * 2) * nayer.config["generator_steps"] * nayer.config["synthesis_batch_size"]
-    assert expected_work(nayer, found, CLASSES) == 300 * 128 + 2 * made
+    assert expected_work(nayer, found, CLASSES) == 240 * 128 + 2 * made
 
 
 def test_no_job_is_no_work(found: Plugins) -> None:
