@@ -135,9 +135,13 @@ def _root(
 @spread
 def run(asked: TableOptions, work: WorkOptions, verbose: Verbose = False, quiet: Quiet = False) -> None:
     """Run methods on a data set and print one table. The same command again does only what is left."""
-    from dfkd_bench import listing
+    from dfkd_bench.engines import server
 
     again = _rerun(work.rerun)
+    if not work.dry_run:
+        server.start_early()
+    from dfkd_bench import listing
+
     found = _plugins(asked.plugin)
     chosen = _suite(asked, found)
     planned = _plan(asked, chosen, found)
@@ -251,9 +255,13 @@ def ablate(
     quiet: Quiet = False,
 ) -> None:
     """Run an ablation's rows and print its table with a verdict on each claim. Only what is left is run."""
-    from dfkd_bench import listing
+    from dfkd_bench.engines import server
 
     again = _rerun(work.rerun)
+    if not work.dry_run:
+        server.start_early()
+    from dfkd_bench import listing
+
     found = _plugins(asked.plugin)
     chosen = _ablation(name, asked, found)
     if work.dry_run:

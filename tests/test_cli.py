@@ -639,6 +639,16 @@ def test_ctrl_c_ends_with_130_and_one_line(interrupted: Interrupted) -> None:
     assert interrupted.stopped.err.strip() == "stopped: nothing is lost, the same command goes on where this one ended"
 
 
+def test_ctrl_c_while_the_fork_server_imports_torch_is_one_line_too(place: Place) -> None:
+    process = place.start("fm", "--no-controls", "-q", "--seeds", "8")
+    time.sleep(1)
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, err.strip()) == (
+        130, "stopped: nothing is lost, the same command goes on where this one ended"
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("send", [os.kill, os.killpg], ids=["to the command", "to all its processes"])
 def test_sigterm_gives_the_runs_back(send: Callable[[int, int], None], interrupted: Interrupted, place: Place) -> None:
     """Else a batch system that starts the command anew elsewhere would find them held for a minute."""

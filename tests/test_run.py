@@ -19,7 +19,7 @@ import torch
 from dfkd_bench import data, plugins, teachers
 from dfkd_bench.checkpoint import load_tree, save_tree
 from dfkd_bench.compute import Compute
-from dfkd_bench.engines import local
+from dfkd_bench.engines import local, server
 from dfkd_bench.errors import UserError
 from dfkd_bench.job import Job
 from dfkd_bench.lease import Busy
@@ -396,4 +396,4 @@ def test_a_full_disk_is_no_failed_run(fresh: Path, tmp_path: Path, monkeypatch: 
 @pytest.mark.parametrize(("devices", "imported"), [(["cpu", "cpu"], True), (["cuda:0"], False)])
 def test_the_fork_server_counts_no_gpus(devices: list[str], imported: bool) -> None:
     """torch._dynamo does when it is imported; on the CPU it is imported once for all runs."""
-    assert ("torch._dynamo" in local._preloaded(devices)) == imported
+    assert ("torch._dynamo" in server.preloaded(devices)) == imported

@@ -15,13 +15,13 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, Literal
 
 from dfkd_bench import plugins
+from dfkd_bench.engines import server
 from dfkd_bench.errors import UserError, disk_error
 from dfkd_bench.job import Job, TeacherSpec
 from dfkd_bench.paths import HOME_VARIABLE, home
@@ -101,8 +101,7 @@ def _all(
 ) -> list[str]:
     """Work through ``tasks``; returns for each "" or how it ended otherwise ("busy", a reason)."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_preloaded(devices))
-    _start_fork_server()
+    server.start(devices)
     waiting = deque((index, 1) for index in range(len(tasks)))
     attempts = dict.fromkeys(range(len(tasks)), 0)
     free = list(range(len(devices)))
@@ -147,32 +146,6 @@ def _all(
     finally:
         _stop(running)
     return endings
-
-
-def _preloaded(devices: Sequence[str]) -> list[str]:
-    """What the fork server imports once for all runs.
-
-    The first optimizer of a process imports torch._dynamo, which takes longer than all else before a run's first step.
-    Its import counts the GPUs, which must not happen before a fork, so runs on GPUs import it themselves.
-    """
-    return ["dfkd_bench.run", *(["torch._dynamo"] if set(devices) == {"cpu"} else [])]
-
-
-def _start_fork_server() -> None:
-    """Start the server that processes are forked from, unless it runs already.
-
-    It is started as ``python -c``, which puts the current folder first on the path: in a checkout it would import the
-    sources there instead of the installed package, and not find ``dfkd_bench.methods``. PYTHONSAFEPATH prevents that.
-    """
-    before = os.environ.get("PYTHONSAFEPATH")
-    os.environ["PYTHONSAFEPATH"] = "1"
-    try:
-        forkserver.ensure_running()
-    finally:
-        if before is None:
-            del os.environ["PYTHONSAFEPATH"]
-        else:
-            os.environ["PYTHONSAFEPATH"] = before
 
 
 def _wait(running: list[_Worker], listen: Listener) -> None:
@@ -231,6 +204,7 @@ def _in_environment(environment: dict[str, str], child: Callable[..., None], *ar
     for wanted in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(wanted) is not signal.SIG_IGN:  # what the shell has a background job ignore stays so
             signal.signal(wanted, _stopped)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # server.py blocks it
     child(*arguments)
 
 
