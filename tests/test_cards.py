@@ -25,7 +25,7 @@ def test_a_card_has_the_results_of_the_records(method: str) -> None:
 
 def test_every_method_of_the_main_table_has_results_in_its_card() -> None:
     methods = {one.job.method for one in cards.records_of("smoke_digits", RESULTS, FOUND)}
-    assert methods - set(WITH_RESULTS) == {"scratch", "real_kd", "noise_kd", "ood_kd"}  # side by side on a page
+    assert methods - set(WITH_RESULTS) == {"ood_kd"}  # has no card of its own
 
 
 def test_a_page_without_marks_stays_as_it_is() -> None:
