@@ -171,6 +171,32 @@ def plan(asked: TableOptions) -> None:
 
 @app.command()
 @spread
+def prepare(asked: TableOptions, quiet: Quiet = False) -> None:
+    """Get the data and the label-text embeddings of a table: all that may want a network. Runs nothing."""
+    from dfkd_bench.plan import get_ready
+    from dfkd_bench.progress import show
+
+    found = _plugins(asked.plugin)
+    if (ablation := _ablation_if_named(asked, found)) is not None:
+        of_rows = _ablation_plan(asked, ablation, found, encode=True)
+        for row in of_rows.rows:
+            if row.missing:
+                printing.warn(f"row '{row.row.label}' will be left out: {row.trouble or row.missing}")
+        planned = of_rows.plan
+    else:
+        planned = _plan(asked, _suite(asked, found), found)
+    left = len(planned.to_run())
+    if left:
+        with show(planned, err, quiet=quiet) as report:
+            splits = get_ready(planned, found, asked.data_root, report)
+        plain(f"data set {planned.suite.dataset}: {', '.join(splits)}")
+        for spec in planned.missing_teachers:
+            plain(f"teacher to be trained first: {spec.model}")
+    plain(f"{left} runs are left" if left else "nothing is left to run, so nothing was prepared")
+
+
+@app.command()
+@spread
 def table(
     asked: TableOptions,
     form: Annotated[str, typer.Option("--format", "-f", help="text, markdown, csv or latex.")] = "text",

@@ -167,11 +167,8 @@ def carry_out(
     if jobs:
         local.output_is_writable(place.output)
         dataset = data.dataset(plan.suite.dataset, place.data_root, found.datasets)
-        _needs_are_met(jobs, found, dataset, place.data_root, report)
         missing = _missing_teachers(jobs, dataset, place.output)
-        report(Step("data", dataset.name, 0, 1))
-        for split in _splits(jobs, missing, found):
-            dataset.split(split, place.data_root)
+        _get_ready(jobs, missing, found, dataset, place.data_root, report)
         tasks = [local.TeacherTask(dataset.name, spec, jobs[0].precision) for spec in missing]
         names, equal = [f"teacher {task.spec.model}" for task in tasks], [1 / len(tasks) for _ in tasks]
         local.train_teachers(tasks, place, devices, _listener("teachers", names, equal, report))
@@ -188,6 +185,30 @@ def carry_out(
     known = _known((item.job.method for item in plan.planned), found)
     paths = {item.job.id: (record.record_path(place.output, item.job), item.job.method) for item in plan.planned}
     return [_as_of_today(record.read(path), *known[method]) for path, method in paths.values() if path.is_file()]
+
+
+def get_ready(
+    plan: Plan, found: Plugins, data_root: Path | None = None, report: Callable[[Step], None] = lambda step: None
+) -> list[data.Split]:
+    """Data and label-text embeddings of what is left: all that may want a network. Returns the splits prepared."""
+    dataset = data.dataset(plan.suite.dataset, data_root, found.datasets)
+    return _get_ready(plan.to_run(), plan.missing_teachers, found, dataset, data_root, report)
+
+
+def _get_ready(
+    jobs: Sequence[Job],
+    missing: Sequence[TeacherSpec],
+    found: Plugins,
+    dataset: data.DataSet,
+    root: Path | None,
+    report: Callable[[Step], None],
+) -> list[data.Split]:
+    _needs_are_met(jobs, found, dataset, root, report)
+    report(Step("data", dataset.name, 0, 1))
+    splits = _splits(jobs, missing, found)
+    for split in splits:
+        dataset.split(split, root)
+    return splits
 
 
 def _splits(jobs: Sequence[Job], missing: Sequence[TeacherSpec], found: Plugins) -> list[data.Split]:

@@ -405,6 +405,29 @@ def test_a_plan_says_what_is_fetched_and_encoded_first(
     assert [line for line in out.splitlines() if line.startswith(("data:", "embeddings"))] == lines
 
 
+def test_prepare_gets_the_data_and_runs_nothing(command: Command, home: Path) -> None:
+    ended = command("prepare", "-m", "nayer,dfnd", "-d", "digits")
+    assert (ended.code, ended.out.splitlines()) == (0, [
+        "data set digits: train, validation, test", "teacher to be trained first: wrn16_2", "5 runs are left"
+    ])  # fmt: skip
+    assert data.status("digits") == "ready"
+    assert all(path.is_file() for path in data.dataset("glyphs16").prepared_files("train"))  # dfnd's pool
+    assert sorted(path.name for path in home.parent.iterdir()) == [home.name]
+    assert not (home / "runs").exists()
+    assert not (home / "teachers").exists()
+
+
+def test_prepare_says_what_can_not_be_had(command: Command) -> None:
+    ended = command("prepare", *DIGITS, "-s", "nayer.encoder=file:gone.npy")
+    assert ended.code == 2
+    assert "can't read one matrix [10, d] from gone.npy" in ended.err
+
+
+def test_prepare_gets_what_the_rows_of_an_ablation_read(command: Command, home: Path) -> None:
+    write(home.parent, "two.toml", ABLATION)
+    assert command("prepare", "two.toml", "-d", "digits").out.splitlines()[-1] == "10 runs are left"
+
+
 ABLATION = """
 title = "Two methods"
 rows = [{ label = "a", method = "cmi" }, { label = "b", method = "nayer" }]
