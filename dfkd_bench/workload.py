@@ -9,7 +9,7 @@ from dfkd_bench.plugins import Plugins
 
 GRADIENT = 2
 """An image that synthesis passes through the teacher with gradient costs about as much as two rows of a student batch.
-By the records all data-free methods then do 3,000 to 5,000 rows a second on digits and 2,000 to 12,000 on glyphs16:
+By the records all data-free methods then do 2,000 to 4,000 rows a second on digits and 2,000 to 12,000 on glyphs16:
 rough, but enough for an order."""
 
 

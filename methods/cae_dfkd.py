@@ -295,6 +295,6 @@ CaeDfkd.smoke = {
             "batchnorm": 10.0,
         },
         origin="ours",
-        source="the settings of digits; trials of its own are to be made anew",
+        source="the settings of digits, with 600 student steps; trials of its own are to be made anew",
     ),
 }

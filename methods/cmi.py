@@ -296,6 +296,6 @@ Cmi.smoke = {
             "contrast_temperature": 0.1,
         },
         origin="ours",
-        source="the settings of digits; trials of its own are to be made anew",
+        source="the settings of digits, with 600 student steps; trials of its own are to be made anew",
     ),
 }

@@ -183,6 +183,6 @@ Dafl.smoke = {
             "activation": 0.001,
         },
         origin="ours",
-        source="the settings of digits; trials of its own are to be made anew",
+        source="the settings of digits, with 600 student steps; trials of its own are to be made anew",
     ),
 }

@@ -180,6 +180,6 @@ Dfad.smoke = {
             "sample_bn": "train",
         },
         origin="ours",
-        source="the settings of digits; trials of its own are to be made anew",
+        source="the settings of digits, with 600 student steps; trials of its own are to be made anew",
     ),
 }

@@ -232,6 +232,6 @@ FastMeta.smoke = {
             "adversarial": 0.0,
         },
         origin="ours",
-        source="the settings of digits; trials of its own are to be made anew",
+        source="the settings of digits, with 600 student steps; trials of its own are to be made anew",
     ),
 }

@@ -210,6 +210,6 @@ Kakr.smoke = {
             "memory_steps": 2,
         },
         origin="ours",
-        source="the settings of digits; trials of its own are to be made anew",
+        source="the settings of digits, with 600 student steps; trials of its own are to be made anew",
     ),
 }

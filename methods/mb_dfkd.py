@@ -151,6 +151,6 @@ MbDfkd.smoke = {
             "store_every": 1,
         },
         origin="ours",
-        source="the settings of digits; trials of its own are to be made anew",
+        source="the settings of digits, with 600 student steps; trials of its own are to be made anew",
     ),
 }

@@ -300,6 +300,6 @@ SpaceshipNet.smoke = {
             "exchange": 0.3,
         },
         origin="ours",
-        source="the settings of digits; trials of its own are to be made anew",
+        source="the settings of digits, with 600 student steps; trials of its own are to be made anew",
     ),
 }
