@@ -177,22 +177,24 @@ def prepare(asked: TableOptions, quiet: Quiet = False) -> None:
     from dfkd_bench.progress import show
 
     found = _plugins(asked.plugin)
+    left_out = 0
     if (ablation := _ablation_if_named(asked, found)) is not None:
         of_rows = _ablation_plan(asked, ablation, found, encode=True)
         for row in of_rows.rows:
             if row.missing:
                 printing.warn(f"row '{row.row.label}' will be left out: {row.trouble or row.missing}")
+                left_out += 1
         planned = of_rows.plan
     else:
         planned = _plan(asked, _suite(asked, found), found)
-    left = len(planned.to_run())
-    if left:
-        with show(planned, err, quiet=quiet) as report:
-            splits = get_ready(planned, found, asked.data_root, report)
-        plain(f"data set {planned.suite.dataset}: {', '.join(splits)}")
-        for spec in planned.missing_teachers:
-            plain(f"teacher to be trained first: {spec.model}")
-    plain(f"{left} runs are left" if left else "nothing is left to run, so nothing was prepared")
+    with show(planned, err, quiet=quiet) as report:
+        splits = get_ready(planned, found, asked.data_root, report)
+    plain(f"data set {planned.suite.dataset}: {', '.join(splits)}")
+    for spec in planned.missing_teachers:
+        plain(f"teacher to be trained first: {spec.model}")
+    plain(f"{len(planned.to_run())} runs are left")
+    if left_out:
+        raise typer.Exit(EXIT_FAILED)
 
 
 @app.command()

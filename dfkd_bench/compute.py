@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
 import os
 import platform
 import warnings
@@ -81,8 +82,23 @@ def has_bf16(device: torch.device) -> bool:
 
 
 def cores_at_hand() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Cores that this process may use: those it is bound to, and no more than a container's quota of time is worth."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = _quota(Path("/sys/fs/cgroup"))
+    return cores if math.isinf(quota) else max(1, min(cores, math.ceil(quota)))
+
+
+def _quota(groups: Path) -> float:
+    """Processors' worth of time that the control group has (`docker run --cpus=2`); infinite: no limit, or unknown."""
+    try:
+        if (groups / "cpu.max").is_file():
+            limit, period = (groups / "cpu.max").read_text().split()
+        else:
+            limit, period = ((groups / "cpu" / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+        share = float(limit) / float(period)
+    except (OSError, ValueError, ZeroDivisionError):  # no such file; "max"
+        return math.inf
+    return share if share > 0 else math.inf
 
 
 def prepare(device: torch.device, deterministic: bool = False) -> None:

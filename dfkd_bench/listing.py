@@ -39,7 +39,9 @@ def _lines(headings: Sequence[str], rows: Sequence[Sequence[str]], right: tuple[
         padded = zip(headings, cells, widths, strict=True)
         return "  ".join(cell.rjust(width) if name in right else cell.ljust(width) for name, cell, width in padded)
 
-    return Text("\n").join([Text(line(headings), style="bold"), *(Text(line(row)) for row in rows)])
+    whole = Text("\n").join([Text(line(headings), style="bold"), *(Text(line(row)) for row in rows)])
+    whole.no_wrap, whole.overflow = True, "ignore"
+    return whole
 
 
 def methods(found: Plugins, _data_root: Path | None = None) -> RenderableType:

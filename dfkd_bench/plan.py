@@ -168,7 +168,8 @@ def carry_out(
         local.output_is_writable(place.output)
         dataset = data.dataset(plan.suite.dataset, place.data_root, found.datasets)
         missing = _missing_teachers(jobs, dataset, place.output)
-        _get_ready(jobs, missing, found, dataset, place.data_root, report)
+        _needs_are_met(jobs, found, dataset, place.data_root, report)
+        _prepare_splits(jobs, missing, found, dataset, place.data_root, report)
         tasks = [local.TeacherTask(dataset.name, spec, jobs[0].precision) for spec in missing]
         names, equal = [f"teacher {task.spec.model}" for task in tasks], [1 / len(tasks) for _ in tasks]
         local.train_teachers(tasks, place, devices, _listener("teachers", names, equal, report))
@@ -190,12 +191,19 @@ def carry_out(
 def get_ready(
     plan: Plan, found: Plugins, data_root: Path | None = None, report: Callable[[Step], None] = lambda step: None
 ) -> list[data.Split]:
-    """Data and label-text embeddings of what is left: all that may want a network. Returns the splits prepared."""
+    """Data, pools and label-text embeddings: all that may want a network. Returns the splits prepared.
+
+    Of all runs, done or not: another machine may see other ones. Data come first, so that they are there even if a text
+    encoder can't be had.
+    """
     dataset = data.dataset(plan.suite.dataset, data_root, found.datasets)
-    return _get_ready(plan.to_run(), plan.missing_teachers, found, dataset, data_root, report)
+    jobs = [item.job for item in plan.planned]
+    splits = _prepare_splits(jobs, plan.missing_teachers, found, dataset, data_root, report)
+    _needs_are_met(jobs, found, dataset, data_root, report)
+    return splits
 
 
-def _get_ready(
+def _prepare_splits(
     jobs: Sequence[Job],
     missing: Sequence[TeacherSpec],
     found: Plugins,
@@ -203,7 +211,6 @@ def _get_ready(
     root: Path | None,
     report: Callable[[Step], None],
 ) -> list[data.Split]:
-    _needs_are_met(jobs, found, dataset, root, report)
     report(Step("data", dataset.name, 0, 1))
     splits = _splits(jobs, missing, found)
     for split in splits:
@@ -232,7 +239,8 @@ def _needs_are_met(
 ) -> None:
     """What methods need beside the teacher is looked at before anything is trained. Label-text embeddings are made
     here, so that no text encoder is ever imported in a run."""
-    for job in jobs:
+    # A folder of images is read whole: once, and not for every seed and pair.
+    for job in {(job.method, *map(str, job.config.items())): job for job in jobs}.values():
         method = found.method(job.method)
         if "unlabelled" in method.needs:
             try:

@@ -23,9 +23,20 @@ if TYPE_CHECKING:
 
 Made = TypeVar("Made")
 
+
+class _Out(Console):
+    """Stdout. Who reads only the head of a table (`| head`) has not made anything fail."""
+
+    def on_broken_pipe(self) -> None:
+        try:
+            super().on_broken_pipe()  # turns stdout away from the pipe, and would end with 1
+        except SystemExit:
+            raise SystemExit(0) from None
+
+
 # Redirected output has no width of its own; tables in it should not be folded at 80 signs. Reasons, paths and settings
 # are the user's text: brackets in them are no markup, and `:name:` is no picture.
-out = Console(highlight=False, markup=False, emoji=False, width=None if sys.stdout.isatty() else 140)
+out = _Out(highlight=False, markup=False, emoji=False, width=None if sys.stdout.isatty() else 140)
 err = Console(highlight=False, markup=False, emoji=False, stderr=True, soft_wrap=True)
 
 

@@ -61,7 +61,9 @@ class _Bars:
             self._all[step.stage] = self._bars.add_task(name, total=1.0, note=f"0/{step.count}")
         key = (step.stage, step.index)
         event = step.event
-        if event.state == "started":
+        if event.state == "started" and key in self._running:  # a process that was killed is started once more
+            self._bars.update(self._running[key], note="starting again")
+        elif event.state == "started":
             self._running[key] = self._bars.add_task(step.label, total=None, note="starting")
         elif event.state == "running" and event.epochs:
             accuracy = f"  {event.accuracy:5.1f} %" if event.accuracy is not None else ""

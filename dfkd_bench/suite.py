@@ -343,7 +343,7 @@ def expand(
                 "-s teacher.include_validation=false, or evaluate on test"
             )
         plans = {
-            name: _plan(name, classes[name], families[name] == "control", lead, suite, pair, found)
+            name: _plan(name, classes[name], families[name] == "control", lead, suite, pair, found, dataset.num_classes)
             if suite.protocol != "equal"
             else _equal_plan(name, classes[name], suite, pair, dataset, found)
             for name in classes
@@ -443,15 +443,20 @@ def settings_table(protocol: ProtocolName, dataset: str) -> Literal["paper", "sm
     return equal.budget(dataset).settings if protocol == "equal" else protocol
 
 
-def settings_for(method: type[Method], protocol: ProtocolName, dataset: str, pair: str) -> Published | None:
-    """A method's own settings for a cell: those of the pair, of the data set, or else transferred from another."""
+def settings_for(
+    method: type[Method], protocol: ProtocolName, dataset: str, pair: str, classes: int | None = None
+) -> Published | None:
+    """A method's own settings for a cell: those of the pair, of the data set, or else transferred from another.
+
+    ``classes``: how many the data set has.
+    """
     table = _tables(method)[settings_table(protocol, dataset)]
     for key in (f"{dataset}/{pair}", dataset):
         if key in table:
             return table[key]
     # Another data set's settings for the same pair are nearer than those of another pair; a data set with as many
     # classes is nearer than one with more or fewer, since that is what the number of student steps hangs on.
-    near = sorted(table, key=lambda key: _classes(key.partition("/")[0]) != _classes(dataset))
+    near = sorted(table, key=lambda key: classes is None or _classes(key.partition("/")[0]) != classes)
     candidates = [key for key in near if key.endswith(f"/{pair}")] + [key for key in near if "/" not in key]
     for key in [*candidates, *near]:
         found = table[key]
@@ -465,12 +470,12 @@ def _classes(dataset: str) -> int | None:
 
 
 def _plan(
-    name: str, method: type[Method], control: bool, lead: str, suite: Suite, pair: str, found: Plugins
+    name: str, method: type[Method], control: bool, lead: str, suite: Suite, pair: str, found: Plugins, classes: int
 ) -> Published:
     """Schedule and complete configuration of one method in one cell, overrides applied."""
-    own = settings_for(method, suite.protocol, suite.dataset, pair)
+    own = settings_for(method, suite.protocol, suite.dataset, pair, classes)
     if own is None:
-        schedule = _lead_schedule(name, lead, suite, pair, found)
+        schedule = _lead_schedule(name, lead, suite, pair, found, classes)
         if control:
             schedule = schedule.model_copy(
                 update={"epochs": schedule.epochs - schedule.warmup_epochs, "warmup_epochs": 0, "pool_cap": None}
@@ -506,9 +511,9 @@ def _equal_plan(
     name: str, method: type[Method], suite: Suite, pair: str, dataset: DataSet, found: Plugins
 ) -> Published:
     """The same for protocol `equal`: the method's own settings, brought to the data set's budget."""
-    own = settings_for(method, suite.protocol, suite.dataset, pair)
+    own = settings_for(method, suite.protocol, suite.dataset, pair, dataset.num_classes)
     if own is None:
-        schedule = _lead_schedule(name, defaults()["lead_method"], suite, pair, found)
+        schedule = _lead_schedule(name, defaults()["lead_method"], suite, pair, found, dataset.num_classes)
         schedule = schedule.model_copy(update={"epochs": 1, "warmup_epochs": 0, "pool_cap": None})
         own = Published(schedule=schedule, config={}, origin="ours", source="defaults")
     overrides = {
@@ -522,12 +527,12 @@ def _equal_plan(
     return equal.fit(name, method, own, suite.dataset, pair, dataset.num_classes, overrides)
 
 
-def _lead_schedule(name: str, lead: str, suite: Suite, pair: str, found: Plugins) -> Schedule:
+def _lead_schedule(name: str, lead: str, suite: Suite, pair: str, found: Plugins, classes: int) -> Schedule:
     """The schedule for a method without one: the table's lead's, overrides included, or else the default lead's."""
     if lead in suite.methods and lead != name:
-        return _plan(lead, found.method(lead), False, lead, suite, pair, found).schedule
+        return _plan(lead, found.method(lead), False, lead, suite, pair, found, classes).schedule
     fallback = defaults()["lead_method"]
-    found_settings = settings_for(found.method(fallback), suite.protocol, suite.dataset, pair)
+    found_settings = settings_for(found.method(fallback), suite.protocol, suite.dataset, pair, classes)
     if found_settings is None:
         raise UserError(f"method {name} has no {suite.protocol} settings and neither has {fallback}")
     return found_settings.schedule

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -662,14 +663,51 @@ def test_ctrl_c_ends_with_130_and_one_line(interrupted: Interrupted) -> None:
     assert interrupted.stopped.err.strip() == "stopped: nothing is lost, the same command goes on where this one ended"
 
 
-def test_ctrl_c_while_the_fork_server_imports_torch_is_one_line_too(place: Place) -> None:
+def group(leader: int) -> list[str]:
+    """The command lines of a process group."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if os.getpgid(int(path.name)) == leader:
+                found.append((path / "cmdline").read_text())
+    return [line for line in found if line]  # none: a process that has ended
+
+
+@pytest.mark.parametrize("delay", [0.0, 1.0, 2.0, 3.0])
+def test_ctrl_c_while_the_fork_server_imports_torch_is_one_line_and_leaves_nothing(delay: float, place: Place) -> None:
+    """The request for a run may wait in the server's socket by then."""
     process = place.start("fm", "--no-controls", "-q", "--seeds", "8")
-    time.sleep(1)
+    deadline = time.monotonic() + 60
+    while not any("forkserver" in line for line in group(process.pid)) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    time.sleep(delay)
     os.killpg(process.pid, signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert (process.returncode, err.strip()) == (
         130, "stopped: nothing is lost, the same command goes on where this one ended"
     )  # fmt: skip
+    while group(process.pid) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert group(process.pid) == []
+
+
+def test_whoever_reads_the_head_of_a_plan_has_not_made_it_fail(place: Place) -> None:
+    line = [sys.executable, "-m", "dfkd_bench", "plan", "smoke_digits", "--seeds", "0-99"]
+    pipe, environment = subprocess.PIPE, place.environment
+    with subprocess.Popen(line, stdout=pipe, stderr=pipe, text=True, cwd=place.folder, env=environment) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert (process.wait(60), process.stderr.read()) == (0, "")
+
+
+def test_what_needs_no_server_does_not_wait_for_it(finished: Ended, place: Place) -> None:
+    """It imports torch for some seconds, and has the command's output open."""
+    process = place.start("fm", "--no-controls", "-q", "-s", "fm.nothing=1")
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert "unknown setting" in err
+    assert group(process.pid) == []
 
 
 @pytest.mark.parametrize("send", [os.kill, os.killpg], ids=["to the command", "to all its processes"])

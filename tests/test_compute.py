@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 import os
 import platform
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from dfkd_bench import compute
 from dfkd_bench.compute import Compute, prepare
 
 FAULTS = """
@@ -85,3 +87,21 @@ def test_deterministic_kernels_have_what_they_need(second_gpu: torch.device) -> 
 def test_a_cpu_keeps_torchs_switches() -> None:
     prepare(torch.device("cpu"), deterministic=True)
     assert not torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.mark.parametrize(
+    ("files", "share"),
+    [
+        ({"cpu.max": "150000 100000\n"}, 1.5),
+        ({"cpu.max": "max 100000\n"}, math.inf),
+        ({"cpu/cpu.cfs_quota_us": "400000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 4.0),
+        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, math.inf),
+        ({}, math.inf),
+    ],
+    ids=["v2", "v2 without limit", "v1", "v1 without limit", "no groups"],
+)
+def test_a_container_may_have_less_time_than_cores(files: dict[str, str], share: float, tmp_path: Path) -> None:
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert compute._quota(tmp_path) == share

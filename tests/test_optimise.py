@@ -100,3 +100,24 @@ def test_set_learning_rate_reaches_every_group() -> None:
     optimizer = torch.optim.SGD(groups, lr=0.1)
     set_learning_rate(optimizer, 0.02)
     assert [group["lr"] for group in optimizer.param_groups] == [0.02, 0.02]
+
+
+@pytest.mark.parametrize(
+    ("kind", "plain_kind", "options"),
+    [("sgd", torch.optim.SGD, {"momentum": 0.9}), ("adam", torch.optim.Adam, {})],
+    ids=["sgd", "adam"],
+)
+def test_the_fused_optimiser_makes_the_steps_of_the_plain_one(
+    kind: str, plain_kind: Any, options: dict[str, float]
+) -> None:
+    draw = torch.Generator().manual_seed(0)
+    fused = nn.Parameter(torch.randn(64, generator=draw))
+    plain = nn.Parameter(fused.detach().clone())
+    fast = build_optimizer([fused], schedule(lr=0.1, optimizer=kind, weight_decay=5e-4))
+    slow = plain_kind([plain], lr=0.1, weight_decay=5e-4, fused=False, foreach=False, **options)
+    for _ in range(5):
+        gradient = torch.randn(64, generator=draw)
+        for parameter, optimizer in ((fused, fast), (plain, slow)):
+            parameter.grad = gradient.clone()
+            optimizer.step()
+    torch.testing.assert_close(fused, plain, rtol=1e-5, atol=1e-6)

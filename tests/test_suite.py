@@ -314,7 +314,7 @@ def test_the_same_pair_of_another_data_set_is_nearer_than_another_pair() -> None
 
 def test_settings_come_from_a_data_set_with_as_many_classes_first() -> None:
     method = plugins.discover().method("fm")
-    found = suite.settings_for(method, "smoke", "glyphs32", "convnet32:convnet16")
+    found = suite.settings_for(method, "smoke", "glyphs32", "convnet32:convnet16", classes=47)
     assert found is not None
     assert found.schedule == method.smoke["glyphs16"].schedule
 

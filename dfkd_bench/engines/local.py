@@ -101,7 +101,6 @@ def _all(
 ) -> list[str]:
     """Work through ``tasks``; returns for each "" or how it ended otherwise ("busy", a reason)."""
     context = multiprocessing.get_context("forkserver")
-    server.start(devices)
     waiting = deque((index, 1) for index in range(len(tasks)))
     attempts = dict.fromkeys(range(len(tasks)), 0)
     free = list(range(len(devices)))
@@ -119,8 +118,18 @@ def _all(
                     args=(_environment(), child, tasks[index], replace(place, device=devices[slot]), there),
                     daemon=True,
                 )
-                process.start()
-                there.close()
+                server.start(devices)  # it may have been killed since the last one
+                try:
+                    process.start()
+                except EOFError:
+                    raise UserError(
+                        "the server that runs are forked from has died (out of memory?): give the same command again"
+                    ) from None
+                except BaseException:  # Ctrl-C: the server may fork the run yet, which then finds that nobody listens
+                    here.close()
+                    raise
+                finally:
+                    there.close()
                 running.append(_Worker(process, here, index, slot))
                 listen(Event(index, "started"))
             _wait(running, listen)
@@ -158,6 +167,8 @@ def _wait(running: list[_Worker], listen: Listener) -> None:
             kind, value = worker.connection.recv()
         except (EOFError, OSError):  # the process has ended, one way or another
             worker.ended = True
+            continue
+        if kind == "hello":
             continue
         if kind == "epoch":
             epoch, epochs, accuracy = value
@@ -201,11 +212,14 @@ def _environment() -> dict[str, str]:
 
 def _in_environment(environment: dict[str, str], child: Callable[..., None], *arguments: Any) -> None:
     os.environ.update(environment)
-    for wanted in (signal.SIGINT, signal.SIGTERM):
-        if signal.getsignal(wanted) is not signal.SIG_IGN:  # what the shell has a background job ignore stays so
-            signal.signal(wanted, _stopped)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # server.py blocks it
-    child(*arguments)
+    try:
+        for wanted in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(wanted) is not signal.SIG_IGN:  # what the shell has a background job ignore stays so
+                signal.signal(wanted, _stopped)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # server.py blocks it
+        child(*arguments)
+    except KeyboardInterrupt:  # before its work, or after it
+        pass
 
 
 def _stopped(_signal: int, _frame: Any) -> None:
@@ -270,6 +284,7 @@ def _teacher_child(task: TeacherTask, place: Place, connection: Connection) -> N
 def _guarded(work: Callable[[], None], connection: Connection) -> None:
     """Nothing that goes wrong in a child may print a traceback between the parent's progress bars."""
     try:
+        _tell(connection, ("hello", None))  # a run that was forked after Ctrl-C ends here
         work()
         _tell(connection, ("finished", None))
     except UserError as error:

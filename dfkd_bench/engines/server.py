@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -9,6 +11,12 @@ import sys
 from collections.abc import Sequence
 from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
+from typing import Any
+
+_imports: list[str] = []
+"""What the server that was started last was told to import; for runs on CPUs more than for runs on GPUs."""
+_unused = False
+"""Whether it was started early, and nothing has asked for it since."""
 
 
 def preloaded(devices: Sequence[str]) -> list[str]:
@@ -27,30 +35,58 @@ def start(devices: Sequence[str]) -> None:
     sources there instead of the installed package, and not find ``dfkd_bench.methods``. PYTHONSAFEPATH prevents that.
     It ignores Ctrl-C once it has imported all; until then the signal is blocked, or Python would print a traceback.
     """
-    multiprocessing.get_context("forkserver").set_forkserver_preload(preloaded(devices))
-    before = os.environ.get("PYTHONSAFEPATH")
-    os.environ["PYTHONSAFEPATH"] = "1"
+    global _unused
+    _unused = False
+    wanted = preloaded(devices)
+    if not set(_imports) <= set(wanted):
+        stop()
+    multiprocessing.get_context("forkserver").set_forkserver_preload(wanted)
+    _imports[:] = wanted
     resource_tracker.ensure_running()  # the server's start would do it, and unblock the signal
+    before = os.environ.get("PYTHONSAFEPATH")
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
+        os.environ["PYTHONSAFEPATH"] = "1"
         forkserver.ensure_running()
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         if before is None:
-            del os.environ["PYTHONSAFEPATH"]
+            os.environ.pop("PYTHONSAFEPATH", None)
         else:
             os.environ["PYTHONSAFEPATH"] = before
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def start_early() -> None:
     """Start it before the command itself imports torch, which saves two seconds, where there are only CPUs.
 
-    Elsewhere the devices are known after that import only. Should nothing be left to run, the server ends by itself.
+    Elsewhere the devices are known after that import only. If nothing is left to run it is ended with the command, so
+    that nobody waits for the end of its output.
     """
-    if sys.platform == "linux" and not _gpu_devices():
+    global _unused
+    if sys.platform != "linux" or _gpu_devices():
+        return
+    with contextlib.suppress(OSError):  # no place for its socket, say: whoever needs the server will be told
         start(["cpu"])
+        _unused = True
+
+
+def stop() -> None:
+    """End the server, if there is one. What was forked from it goes on."""
+    _imports.clear()
+    server: Any = forkserver._forkserver  # the module has no public way
+    pid = getattr(server, "_forkserver_pid", None)
+    if pid is not None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGTERM)
+        server._stop()
+
+
+@atexit.register
+def _stop_unused() -> None:
+    if _unused:
+        stop()
 
 
 def _gpu_devices() -> list[Path]:
     """The device files of NVIDIA's and AMD's drivers, and of WSL's."""
-    return [path for pattern in ("nvidia*", "kfd", "dxg") for path in Path("/dev").glob(pattern)]
+    return [path for pattern in ("nvidia*", "nvhost*", "kfd", "dxg") for path in Path("/dev").glob(pattern)]
