@@ -82,8 +82,9 @@ def run_jobs(jobs: Sequence[Job], place: Place, devices: Sequence[str], listen: 
             records.append(None)
         elif path.is_file():
             records.append(read(path))
-        else:  # the process died without a word, twice
-            record = failed(job, plugins.discover(place.plugin_files), ending)
+        else:  # the process died without a word, twice, or somebody took the record away
+            reason = ending or "its record was removed while the command was at work"
+            record = failed(job, plugins.discover(place.plugin_files), reason)
             write(place.output, record)
             records.append(record)
     return records
