@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import multiprocessing
 import os
 import shutil
 import signal
 from collections.abc import Iterator
 from dataclasses import replace
+from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
@@ -397,3 +399,22 @@ def test_a_full_disk_is_no_failed_run(fresh: Path, tmp_path: Path, monkeypatch: 
 def test_the_fork_server_counts_no_gpus(devices: list[str], imported: bool) -> None:
     """torch._dynamo does when it is imported; on the CPU it is imported once for all runs."""
     assert ("torch._dynamo" in server.preloaded(devices)) == imported
+
+
+def test_a_fork_server_that_counts_gpus_is_not_kept_for_runs_on_them() -> None:
+    server.start(["cpu"])
+    first = forkserver._forkserver._forkserver_pid
+    server.start(["cpu"])
+    assert forkserver._forkserver._forkserver_pid == first
+    server.start(["cuda:0"])
+    assert forkserver._forkserver._forkserver_pid != first
+    server.stop()
+
+
+def test_a_fork_server_that_dies_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def start(_process: object) -> None:
+        raise EOFError("unexpected EOF")
+
+    monkeypatch.setattr(multiprocessing.get_context("forkserver").Process, "start", start)
+    with pytest.raises(UserError, match="the server that runs are forked from has died"):
+        local._all([None], print, Place(tmp_path), ["cpu"], print)
