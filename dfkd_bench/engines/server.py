@@ -15,8 +15,6 @@ from typing import Any
 
 _imports: list[str] = []
 """What the server that was started last was told to import; for runs on CPUs more than for runs on GPUs."""
-_unused = False
-"""Whether it was started early, and nothing has asked for it since."""
 
 
 def preloaded(devices: Sequence[str]) -> list[str]:
@@ -35,8 +33,6 @@ def start(devices: Sequence[str]) -> None:
     sources there instead of the installed package, and not find ``dfkd_bench.methods``. PYTHONSAFEPATH prevents that.
     It ignores Ctrl-C once it has imported all; until then the signal is blocked, or Python would print a traceback.
     """
-    global _unused
-    _unused = False
     wanted = preloaded(devices)
     if not set(_imports) <= set(wanted):
         stop()
@@ -59,19 +55,20 @@ def start(devices: Sequence[str]) -> None:
 def start_early() -> None:
     """Start it before the command itself imports torch, which saves two seconds, where there are only CPUs.
 
-    Elsewhere the devices are known after that import only. If nothing is left to run it is ended with the command, so
-    that nobody waits for the end of its output.
+    Elsewhere the devices are known after that import only.
     """
-    global _unused
     if sys.platform != "linux" or _gpu_devices():
         return
     with contextlib.suppress(OSError):  # no place for its socket, say: whoever needs the server will be told
         start(["cpu"])
-        _unused = True
 
 
+@atexit.register
 def stop() -> None:
-    """End the server, if there is one. What was forked from it goes on."""
+    """End the server, if there is one. What was forked from it goes on.
+
+    Done when the command ends, too: the server has its output open, and whoever reads that through a pipe would wait.
+    """
     _imports.clear()
     server: Any = forkserver._forkserver  # the module has no public way
     pid = getattr(server, "_forkserver_pid", None)
@@ -79,12 +76,6 @@ def stop() -> None:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGTERM)
         server._stop()
-
-
-@atexit.register
-def _stop_unused() -> None:
-    if _unused:
-        stop()
 
 
 def _gpu_devices() -> list[Path]:
