@@ -444,7 +444,7 @@ def test_the_unchanged_row_is_the_job_of_the_main_table(name: str, home: Path) -
 
 def test_a_share_of_the_pool_is_a_share_of_the_images_made(home: Path) -> None:
     (job,) = jobs_of(read_ablation("nayer_memory", seeds="0"), "10 %")
-    assert job.schedule.pool_cap == 520  # (3 * 4 + 20 * 2) * 100 = 5,200 images
+    assert job.schedule.pool_cap == 240  # (2 * 4 + 8 * 2) * 100 = 2,400 images
 
 
 def test_a_share_needs_a_pool(tmp_path: Path, home: Path) -> None:
@@ -465,7 +465,7 @@ def test_settings_of_the_command_line_reach_all_rows_but_do_not_undo_what_a_row_
     (job,) = jobs_of(chosen, "nayer, 5 steps")
     assert (job.schedule.epochs, job.config["generator_steps"]) == (4, 5)
     assert job.teacher.recipe is not None
-    assert jobs_of(chosen, "fm, 5 steps")[0].schedule.epochs == 23
+    assert jobs_of(chosen, "fm, 5 steps")[0].schedule.epochs == 10
     assert job.teacher.recipe.epochs == 2
 
 
@@ -783,7 +783,7 @@ def test_a_dry_run_shows_rows_and_starts_nothing(line: tuple[str, ...], command:
     code, shown, _ = command(*line, "--seeds", "0-1", "--device", "cpu")
     assert code == 0
     assert any(
-        words.startswith("10 %") and "pool_cap=520" in words and "2 new" in words for words in shown.splitlines()
+        words.startswith("10 %") and "pool_cap=240" in words and "2 new" in words for words in shown.splitlines()
     )
     assert "12 jobs, shared ones once: 12 new" in shown
     assert not home.exists()

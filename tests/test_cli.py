@@ -676,7 +676,7 @@ def group(leader: int) -> list[str]:
 @pytest.mark.parametrize("delay", [0.0, 1.0, 2.0, 3.0])
 def test_ctrl_c_while_the_fork_server_imports_torch_is_one_line_and_leaves_nothing(delay: float, place: Place) -> None:
     """The request for a run may wait in the server's socket by then."""
-    process = place.start("fm", "--no-controls", "-q", "--seeds", "8")
+    process = place.start("fm", "--no-controls", "-q", "--seeds", "8-99")
     deadline = time.monotonic() + 60
     while not any("forkserver" in line for line in group(process.pid)) and time.monotonic() < deadline:
         time.sleep(0.02)

@@ -46,7 +46,7 @@ def test_a_run_without_synthesis_is_its_student_batches(jobs: list[Job], found: 
 
 def test_generated_images_count_twice(jobs: list[Job], found: Plugins) -> None:
     nayer = next(job for job in jobs if job.method == "nayer")
-    made = (3 * 4 + 20 * 2) * nayer.config["generator_steps"] * nayer.config["synthesis_batch_size"]
+    made = (2 * 4 + 8 * 2) * nayer.config["generator_steps"] * nayer.config["synthesis_batch_size"]
     assert expected_work(nayer, found, CLASSES) == 240 * 128 + 2 * made
 
 
