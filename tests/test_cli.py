@@ -673,19 +673,19 @@ def group(leader: int) -> list[str]:
     return [line for line in found if line]  # none: a process that has ended
 
 
-@pytest.mark.parametrize("delay", [0.0, 1.0, 2.0, 3.0])
+@pytest.mark.parametrize("delay", [0.0, 0.5])
 def test_ctrl_c_while_the_fork_server_imports_torch_is_one_line_and_leaves_nothing(delay: float, place: Place) -> None:
-    """The request for a run may wait in the server's socket by then."""
-    process = place.start("fm", "--no-controls", "-q", "--seeds", "8-99")
-    deadline = time.monotonic() + 60
-    while not any("forkserver" in line for line in group(process.pid)) and time.monotonic() < deadline:
-        time.sleep(0.02)
+    """The request for a run waits in the server's socket by then."""
+    process = place.start("fm", "--no-controls", "--seeds", "8-99")
+    assert process.stderr is not None
+    assert any("data set" in line for line in iter(process.stderr.readline, ""))  # next the runs are asked for
     time.sleep(delay)
     os.killpg(process.pid, signal.SIGINT)
     _, err = process.communicate(timeout=60)
-    assert (process.returncode, err.strip()) == (
-        130, "stopped: nothing is lost, the same command goes on where this one ended"
-    )  # fmt: skip
+    assert process.returncode == 130
+    assert "Traceback" not in err
+    assert err.endswith("stopped: nothing is lost, the same command goes on where this one ended\n")
+    deadline = time.monotonic() + 30
     while group(process.pid) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert group(process.pid) == []
