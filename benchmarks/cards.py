@@ -33,8 +33,8 @@ NOISE = "noise_kd"
 HEAD = """\
 Last epoch on the test split: mean and half-width of the Student-t 95 % interval over seeds, then seed by seed. Seconds
 of a run; images that pass through the teacher with gradient in synthesis; [coverage and
-within](../protocols.md#diversity) of the images that the student gets. Trials: validation split, seed 100 (on digits
-with 600 student steps, the suite has 240), the chosen setting in bold
+within](../protocols.md#diversity) of the images that the student gets. Trials: validation split, seed 100, the chosen
+setting in bold, and their student steps where the suite has others
 ([rule](../protocols.md#nothing-is-tuned-on-test-data)).
 
 | suite | trials [%] | last epoch [%] | seeds [%] | KD with noise [%] | seconds | images | coverage | within |
@@ -68,7 +68,7 @@ def rows(method: str, output: Path, found: Plugins) -> Iterator[str]:
         everything = records_of(name, output, found)
         own, noise = (_done(everything, which) for which in (method, NOISE))
         if own:
-            yield _row(name, own, noise, _trials(method, own[0].job.dataset, output))
+            yield _row(name, own, noise, _trials(method, own[0], output))
 
 
 def _done(records: Sequence[Record], method: str) -> list[Record]:
@@ -101,16 +101,17 @@ def _mean(records: Sequence[Record], measure: str) -> str:
     return f"{fmean(values):.2f}" if values else "-"
 
 
-def _trials(method: str, dataset: str, output: Path) -> str:
-    """The validation accuracies of a method's trials with the first seed; the chosen one is bold."""
-    file = output / "trials" / f"{record.safe_name(dataset)}.json"
+def _trials(method: str, run: Record, output: Path) -> str:
+    """The validation accuracies of a method's trials with the first seed; the chosen one is bold. ``run``: of today."""
+    file = output / "trials" / f"{record.safe_name(run.job.dataset)}.json"
     kept: dict[str, Any] = json.loads(file.read_text()).get(method, {}) if file.is_file() else {}
     if not kept:
         return "-"
     first = str(kept["seeds"][0])
     values = [f"{trial['validation_accuracy'][first]:.2f}" for trial in kept["trials"]]
     values[kept["chosen"]] = f"**{values[kept['chosen']]}**"
-    return ", ".join(values)
+    steps = kept["trials"][kept["chosen"]]["student_steps"]
+    return ", ".join(values) + (f" ({steps:,} steps)" if steps != run.counters.student_steps else "")
 
 
 def with_results(page: str, method: str, output: Path, found: Plugins) -> str:
