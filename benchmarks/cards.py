@@ -68,7 +68,7 @@ def rows(method: str, output: Path, found: Plugins) -> Iterator[str]:
         everything = records_of(name, output, found)
         own, noise = (_done(everything, which) for which in (method, NOISE))
         if own:
-            yield _row(name, own, noise, _trials(method, own[0], output))
+            yield _row(name, own, noise, _trials(method, own[0].job.dataset, own[0].counters.student_steps, output))
 
 
 def _done(records: Sequence[Record], method: str) -> list[Record]:
@@ -101,17 +101,20 @@ def _mean(records: Sequence[Record], measure: str) -> str:
     return f"{fmean(values):.2f}" if values else "-"
 
 
-def _trials(method: str, run: Record, output: Path) -> str:
-    """The validation accuracies of a method's trials with the first seed; the chosen one is bold. ``run``: of today."""
-    file = output / "trials" / f"{record.safe_name(run.job.dataset)}.json"
+def _trials(method: str, dataset: str, steps: int, output: Path) -> str:
+    """The validation accuracies of a method's trials with the first seed; the chosen one is bold.
+
+    ``steps``: student steps of the suite; those of the trials are told where they are others.
+    """
+    file = output / "trials" / f"{record.safe_name(dataset)}.json"
     kept: dict[str, Any] = json.loads(file.read_text()).get(method, {}) if file.is_file() else {}
     if not kept:
         return "-"
     first = str(kept["seeds"][0])
     values = [f"{trial['validation_accuracy'][first]:.2f}" for trial in kept["trials"]]
     values[kept["chosen"]] = f"**{values[kept['chosen']]}**"
-    steps = kept["trials"][kept["chosen"]]["student_steps"]
-    return ", ".join(values) + (f" ({steps:,} steps)" if steps != run.counters.student_steps else "")
+    of_trials = kept["trials"][kept["chosen"]]["student_steps"]
+    return ", ".join(values) + (f" ({of_trials:,} steps)" if of_trials != steps else "")
 
 
 def with_results(page: str, method: str, output: Path, found: Plugins) -> str:

@@ -55,13 +55,15 @@ def test_what_stands_around_the_marks_stays() -> None:
 
 
 def test_the_chosen_trial_is_bold(tmp_path: Path) -> None:
-    trials = [{"validation_accuracy": {"100": 50.0, "101": 70.0}}, {"validation_accuracy": {"100": 61.238}}]
+    accuracies = [{"100": 50.0, "101": 70.0}, {"100": 61.238}]
+    trials = [{"validation_accuracy": accuracy, "student_steps": 600} for accuracy in accuracies]
     (tmp_path / "trials").mkdir()
     (tmp_path / "trials" / "digits.json").write_text(
         json.dumps({"mine": {"seeds": [100, 101], "chosen": 1, "trials": trials}})
     )
-    assert cards._trials("mine", "digits", tmp_path) == "50.00, **61.24**"
+    assert cards._trials("mine", "digits", 600, tmp_path) == "50.00, **61.24**"
+    assert cards._trials("mine", "digits", 240, tmp_path) == "50.00, **61.24** (600 steps)"
 
 
 def test_without_trials_there_is_a_dash(tmp_path: Path) -> None:
-    assert cards._trials("mine", "digits", tmp_path) == "-"
+    assert cards._trials("mine", "digits", 240, tmp_path) == "-"
