@@ -195,7 +195,7 @@ def test_smoke_pools_need_no_download_and_are_another_data_set(method: type[Meth
     pool = method.smoke[dataset].config["pool"]
     assert pool in ("digits", "glyphs16")
     assert pool != dataset
-    steps = {"digits": 240, "fashion_mnist": 600, "glyphs16": 2000}
+    steps = {"digits": 240, "fashion_mnist": 300, "glyphs16": 2000}
     assert method.smoke[dataset].schedule.total_student_steps == steps[dataset]
     assert method.smoke[dataset].schedule.batch_size == 128
 
