@@ -210,6 +210,6 @@ Kakr.smoke = {
             "memory_steps": 2,
         },
         origin="ours",
-        source="the settings of digits, with 300 student steps",
+        source="results/trials/fashion_mnist.json: digits' settings at 300 student steps, and three more trials",
     ),
 }

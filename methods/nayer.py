@@ -390,7 +390,7 @@ Nayer.smoke = {
         schedule=Schedule(epochs=12, warmup_epochs=2, student_steps=30, batch_size=128, lr=0.2, lr_min=2e-4),
         config={**SMALL, "generator_steps": 20},
         origin="ours",
-        source="the settings of digits, with 300 student steps",
+        source="results/trials/fashion_mnist.json: digits' settings at 300 student steps, and three more trials",
     ),
 }
 # The released form's path is as it was: only ways to start an ordinary layer came after this source.

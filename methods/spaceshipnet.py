@@ -300,6 +300,6 @@ SpaceshipNet.smoke = {
             "exchange": 0.3,
         },
         origin="ours",
-        source="the settings of digits, with 300 student steps",
+        source="results/trials/fashion_mnist.json: digits' settings at 300 student steps, and three more trials",
     ),
 }
