@@ -29,7 +29,9 @@ def held(path: Path, what: str, wait: bool = False) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     process = psutil.Process()
     owner = {"host": socket.gethostname(), "pid": process.pid, "started": process.create_time()}
-    mine = json.dumps({**owner, "token": uuid.uuid4().hex})
+    token = uuid.uuid4().hex
+    mine = json.dumps({**owner, "token": token})
+    draft = path.with_name(f"{path.name}.{token}")
     stop = threading.Event()
 
     def beat() -> None:
@@ -39,13 +41,15 @@ def held(path: Path, what: str, wait: bool = False) -> Iterator[None]:
 
     thread = threading.Thread(target=beat, daemon=True)
     try:  # from here on, since a signal may come at any moment
-        _take(path, mine, what, wait)
+        draft.write_text(mine)
+        _take(path, draft, what, wait)
         thread.start()
         yield
     finally:
         stop.set()
-        if thread.ident is not None:
+        with contextlib.suppress(RuntimeError):  # it had not started yet
             thread.join()
+        draft.unlink(missing_ok=True)
         with contextlib.suppress(FileNotFoundError):
             if path.read_text() == mine:  # else another has taken it over
                 path.unlink()
@@ -71,10 +75,10 @@ def is_stale(path: Path) -> bool:
     return age > STALE
 
 
-def _take(path: Path, mine: str, what: str, wait: bool) -> None:
+def _take(path: Path, draft: Path, what: str, wait: bool) -> None:
     while True:
         try:
-            handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
+            _create(path, draft)
         except FileExistsError:
             with contextlib.suppress(FileNotFoundError):  # given back since
                 found = path.read_text()
@@ -85,9 +89,18 @@ def _take(path: Path, mine: str, what: str, wait: bool) -> None:
                 else:
                     raise Busy(f"{what} is being worked on by another process") from None
         else:
-            with os.fdopen(handle, "w") as file:
-                file.write(mine)
             return
+
+
+def _create(path: Path, draft: Path) -> None:
+    """Make the lease at one stroke: a signal between its creation and its text would leave one that nobody owns."""
+    try:
+        os.link(draft, path)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without hard links
+        with path.open("x") as file:
+            file.write(draft.read_text())
 
 
 def _remove(path: Path, stale: str) -> None:
