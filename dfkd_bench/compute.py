@@ -177,4 +177,8 @@ def _cpu_flags() -> set[str]:
 
 
 def _cpu_name() -> str:
-    return _cpu_info().get("model name") or platform.processor() or platform.machine()
+    """The processor's name. Virtual machines often say no more than its maker's: then family and model tell it."""
+    facts = _cpu_info()
+    name = facts.get("model name") or platform.processor() or platform.machine()
+    vague = not any(sign.isdigit() for sign in name) and {"cpu family", "model"} <= set(facts)
+    return f"{name} (family {facts['cpu family']}, model {facts['model']})" if vague else name

@@ -105,3 +105,19 @@ def test_a_container_may_have_less_time_than_cores(files: dict[str, str], share:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
     assert compute._quota(tmp_path) == share
+
+
+@pytest.mark.parametrize(
+    ("facts", "name"),
+    [
+        ({"model name": "AMD EPYC", "cpu family": "25", "model": "17"}, "AMD EPYC (family 25, model 17)"),
+        ({"model name": "AMD EPYC 9654", "cpu family": "25", "model": "17"}, "AMD EPYC 9654"),
+        ({"model name": "Some CPU"}, "Some CPU"),
+    ],
+)
+def test_processors_of_two_generations_have_two_names(
+    facts: dict[str, str], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Times of runs on both must not be compared as if made on one machine."""
+    monkeypatch.setattr(compute, "_cpu_info", lambda: facts)
+    assert compute.hardware(torch.device("cpu"), 1)["cpu"] == name

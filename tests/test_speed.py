@@ -311,25 +311,32 @@ def text_of(speed: values.Speed) -> list[str]:
 
 
 def test_every_step_is_there_in_all_its_forms(measured: values.Speed) -> None:
-    forms = {row.name: (row.plain is not None, row.released is not None) for row in measured.rows}
+    forms = {row.name: (bool(row.exact), bool(row.plain), bool(row.released)) for row in measured.rows}
     assert forms == {
-        "generator step": (True, True),
-        "student step": (True, False),
-        "student step with batch": (False, True),
-        "teacher's answers": (True, False),
-        "evaluation": (True, False),
+        "generator step": (True, True, True),
+        "student step": (True, True, False),
+        "student step with batch": (True, False, True),
+        "teacher's answers": (True, True, False),
+        "evaluation": (True, True, False),
     }
 
 
 def test_only_ours_has_the_asked_precision(measured: values.Speed) -> None:
     first = measured.rows[0]
     assert first.plain is not None
-    assert (first.ours.precision, first.plain.precision) == ("bf16", "fp32")
+    assert first.exact is not None
+    assert (first.ours.precision, first.exact.precision, first.plain.precision) == ("bf16", "fp32", "fp32")
 
 
-def test_another_method_has_dashes_for_other_forms(other: values.Speed) -> None:
+def test_another_method_in_fp32_has_dashes_for_other_forms(other: values.Speed) -> None:
     _, line = [line for line in text_of(other) if line.startswith("generator step  ")]
-    assert line.split()[2:] == ["-"] * 6
+    assert line.split()[2:] == ["-"] * 9
+
+
+def test_every_method_in_bf16_has_itself_in_fp32_beside_it(small_machine: None) -> None:
+    speed = measure.measure(measure.Question("dafl", **TINY), FOUND, "cpu", "bf16")  # type: ignore[arg-type]
+    assert [row.name for row in speed.rows if row.exact] == [row.name for row in speed.rows]
+    assert not any(row.plain or row.released for row in speed.rows)
 
 
 @pytest.mark.parametrize("step", [measure.GENERATOR, measure.STUDENT])
@@ -361,7 +368,7 @@ def test_phases_of_an_epoch(measured: values.Speed) -> None:
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the system can't begin a new peak of memory")
 def test_peak_memory_is_of_each_form(measured: values.Speed) -> None:
-    assert list(measured.peak_memory) == ["plain", "released", "ours"]
+    assert list(measured.peak_memory) == ["plain", "released", "fp32", "ours"]
     assert all(size > 2**24 for size in measured.peak_memory.values())
 
 
@@ -458,9 +465,8 @@ def test_the_command_prints_tables_and_writes_both_files(
     assert sorted(path.suffix for path in (tmp_path / "speed").iterdir()) == [".json", ".png"]
 
 
-def test_the_figure_says_each_form_s_precision(tmp_path: Path) -> None:
-    kept, *_ = sorted((Path(__file__).parents[1] / "results" / "speed").glob("*_bf16.json"))
-    speed = values.read(kept)
-    lines = figure.draw(speed, tmp_path / "speed.svg").read_text(encoding="utf-8").splitlines()
+def test_the_figure_says_each_form_s_precision(measured: values.Speed, tmp_path: Path) -> None:
+    lines = figure.draw(measured, tmp_path / "speed.svg").read_text(encoding="utf-8").splitlines()
     said = [line.strip(" <!->") for line in lines if line.strip().startswith("<!--")]
-    assert [said[said.index(label) + 1] for label in figure.LABELS.values()] == ["bf16", "fp32", "fp32"]
+    places = [place for place, text in enumerate(said) if text in figure.LABELS.values()]
+    assert [said[place + 1] for place in places] == ["bf16", "fp32", "fp32", "fp32"]

@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dfkd_bench.report.plots import SIZE, new_figure
-from dfkd_bench.speed.values import Cell, Speed
+from dfkd_bench.speed.values import Cell, Row, Speed
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-FORMS = {"ours": "#0072b2", "plain": "#e69f00", "released": "#999999"}
-LABELS = {"ours": "dfkd-bench", "plain": "plain PyTorch", "released": "released manner"}
+FORMS = {"ours": "#0072b2", "exact": "#56b4e9", "plain": "#e69f00", "released": "#999999"}
+LABELS = {"ours": "dfkd-bench", "exact": "dfkd-bench", "plain": "plain PyTorch", "released": "released manner"}
 STEPS = {
     "generator step": "generator step",
     "student step": "student step",
@@ -26,19 +26,18 @@ _UNITS = ((10.0, 1.0, "s"), (0.0, 1e-3, "ms"))
 def draw(speed: Speed, path: Path) -> Path:
     """Draw the generator's and the student's steps as bars; ``path`` ends in .png (200 dpi), .pdf or .svg."""
     rows = [row for row in speed.rows if row.name in STEPS]
-    slowest = max(cell.seconds for row in rows for cell in (row.ours, row.plain, row.released) if cell)
+    slowest = max(cell.seconds for row in rows for cell in _cells(row).values())
     unit, unit_name = next((factor, name) for least, factor, name in _UNITS if slowest >= least)
     with new_figure(path, SIZE) as figure:
         axes = figure.add_subplot()
         used: set[str] = set()
         for place, row in enumerate(rows):
-            cells: dict[str, Cell | None] = {"ours": row.ours, "plain": row.plain, "released": row.released}
-            there = {form: cell for form, cell in cells.items() if cell}
+            there = _cells(row)
             for index, (form, cell) in enumerate(there.items()):
-                left = place + 0.26 * (index - (len(there) - 1) / 2)
+                left = place + 0.23 * (index - (len(there) - 1) / 2)
                 label = f"{LABELS[form]}\n{cell.precision}" if form not in used else None
                 used.add(form)
-                axes.bar(left, cell.seconds / unit, 0.24, color=FORMS[form], label=label)
+                axes.bar(left, cell.seconds / unit, 0.21, color=FORMS[form], label=label)
                 _write_above(axes, left, cell.seconds / unit, cell.seconds / row.ours.seconds, form == "ours")
         axes.set_xticks(range(len(rows)), [STEPS[row.name] for row in rows])
         axes.set_xlim(-0.55, len(rows) - 0.45)
@@ -50,8 +49,14 @@ def draw(speed: Speed, path: Path) -> Path:
         axes.tick_params(axis="x", length=0)
         axes.spines[["top", "right"]].set_visible(False)
         axes.set_title(_title(speed), loc="left")
-        figure.legend(loc="outside lower center", ncols=3, frameon=False, columnspacing=1.2, handlelength=1.2)
+        figure.legend(loc="outside lower center", ncols=4, frameon=False, columnspacing=1.2, handlelength=1.2)
     return path
+
+
+def _cells(row: Row) -> dict[str, Cell]:
+    """The forms that there are of a step."""
+    cells = {"ours": row.ours, "exact": row.exact, "plain": row.plain, "released": row.released}
+    return {form: cell for form, cell in cells.items() if cell}
 
 
 def _write_above(axes: Axes, left: float, height: float, ratio: float, is_ours: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -48,8 +49,10 @@ class Row(Frozen):
     flop: int  # of matrix products and convolutions
     moved: int  # numbers that these read and write
     ours: Cell
+    exact: Cell | None = None  # ours with --precision fp32, which is every method's reference
     plain: Cell | None = None
     released: Cell | None = None
+    faster_than_exact: float | None = None
     faster_than_plain: float | None = None
     faster_than_released: float | None = None
 
@@ -99,10 +102,10 @@ class Speed(Frozen):
     def name(self) -> str:
         """File name without suffix: what was measured on which kind of device."""
         channels, side, _ = self.image_shape
-        place = str(self.hardware.get("gpu", f"cpu{self.hardware['threads']}"))
+        place = str(self.hardware.get("gpu", f"{self.hardware['cpu']}_cpu{self.hardware['threads']}"))
         parts = [self.method, self.pair, f"b{self.batch}", f"g{self.synthesis_batch}", f"{channels}x{side}"]
         parts += [f"k{self.classes}", place, self.precision]
-        return "".join(sign if sign.isalnum() or sign in "._-" else "-" for sign in "_".join(parts))
+        return re.sub(r"[^\w.]+", "-", "_".join(parts))
 
 
 def cell(repeats: Sequence[float], images: int, work: Work, precision: Precision, machine: Machine) -> Cell:
@@ -120,7 +123,15 @@ def cell(repeats: Sequence[float], images: int, work: Work, precision: Precision
     )
 
 
-def row(name: str, images: int, work: Work, ours: Cell, plain: Cell | None = None, released: Cell | None = None) -> Row:
+def row(
+    name: str,
+    images: int,
+    work: Work,
+    ours: Cell,
+    exact: Cell | None = None,
+    plain: Cell | None = None,
+    released: Cell | None = None,
+) -> Row:
     """A row with its ratios: the other form's median time over ours."""
     return Row(
         name=name,
@@ -128,8 +139,10 @@ def row(name: str, images: int, work: Work, ours: Cell, plain: Cell | None = Non
         flop=work.flop,
         moved=work.moved,
         ours=ours,
+        exact=exact,
         plain=plain,
         released=released,
+        faster_than_exact=exact.seconds / ours.seconds if exact else None,
         faster_than_plain=plain.seconds / ours.seconds if plain else None,
         faster_than_released=released.seconds / ours.seconds if released else None,
     )
