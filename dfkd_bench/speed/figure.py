@@ -49,7 +49,13 @@ def draw(speed: Speed, path: Path) -> Path:
         axes.tick_params(axis="x", length=0)
         axes.spines[["top", "right"]].set_visible(False)
         axes.set_title(_title(speed), loc="left")
-        figure.legend(loc="outside lower center", ncols=4, frameon=False, columnspacing=1.2, handlelength=1.2)
+        figure.legend(
+            loc="outside lower center",
+            ncols=2 if len(used) == 4 else 3,
+            frameon=False,
+            columnspacing=1.2,
+            handlelength=1.2,
+        )
     return path
 
 
@@ -67,7 +73,7 @@ def _write_above(axes: Axes, left: float, height: float, ratio: float, is_ours: 
 def _title(speed: Speed) -> str:
     side = speed.image_shape[1]
     teacher, student = speed.pair.split(":")
-    where = str(speed.hardware.get("gpu", f"CPU, {speed.hardware['threads']} threads"))
+    where = str(speed.hardware.get("gpu", f"{speed.hardware['cpu']}, {speed.hardware['threads']} threads"))
     sizes = f"batch {speed.batch}" if speed.batch == speed.synthesis_batch else (
         f"batches {speed.batch} and {speed.synthesis_batch}"
     )  # fmt: skip

@@ -105,7 +105,7 @@ class Speed(Frozen):
         place = str(self.hardware.get("gpu", f"{self.hardware['cpu']}_cpu{self.hardware['threads']}"))
         parts = [self.method, self.pair, f"b{self.batch}", f"g{self.synthesis_batch}", f"{channels}x{side}"]
         parts += [f"k{self.classes}", place, self.precision]
-        return re.sub(r"[^\w.]+", "-", "_".join(parts))
+        return "_".join(re.sub(r"[^\w.]+", "-", part).strip("-") for part in parts)
 
 
 def cell(repeats: Sequence[float], images: int, work: Work, precision: Precision, machine: Machine) -> Cell:
