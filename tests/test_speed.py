@@ -10,6 +10,7 @@ import math
 import types
 import weakref
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -359,6 +360,11 @@ def test_generating_a_batch_is_no_part_of_the_student_step(small_machine: None) 
         made = timing.work_of(built.sampling)
     assert made.flop > 0
     assert works[measure.LOADED].flop == works[measure.STUDENT].flop + made.flop
+
+
+def test_an_evaluation_of_large_images_has_fewer_of_them() -> None:
+    counts = [bench.evaluated(replace(measure.Question("fm"), side=side), CPU) for side in (8, 32, 64, 224)]
+    assert counts == [1000, 1000, 250, 20]
 
 
 def test_phases_of_an_epoch(measured: values.Speed) -> None:

@@ -39,7 +39,9 @@ EMBEDDINGS = "random:384"
 
 TEACHER_BATCH, TEACHER_BATCHES = 32, 4
 EVALUATED = {"cpu": 1000, "cuda": 10_000}
-"""Images of an evaluation."""
+"""Images of an evaluation, up to 32x32; of larger ones as many as have as many pixels, but at least ``FEWEST``."""
+
+FEWEST = 20
 
 AT = Progress(epoch=1, round=0, epochs=1000, warmup_epochs=0)
 """Where in a run the steps are taken: after the warm-up, and not in an epoch in which methods start anew."""
@@ -74,7 +76,7 @@ class Bench:
         method_class = found.method(asked.method)
         self.config = configure(method_class, asked)
         self.schedule = Schedule(epochs=AT.epochs, student_steps=asked.steps, batch_size=asked.batch, lr=0.01)
-        self.dataset = _random_images(asked, EVALUATED[device.type])
+        self.dataset = _random_images(asked, evaluated(asked, device))
         found = replace(found, datasets={**found.datasets, DATASET: self.dataset})
         recipe = Recipe(epochs=1, batch_size=TEACHER_BATCH, lr=1e-6, augment=False)
         self.teacher_spec = TeacherSpec(model=teacher, recipe=recipe)
@@ -157,6 +159,12 @@ class Bench:
         """The images of the next student batch, normalised [b, C, H, W]."""
         with self._run.compute.autocast():
             return self._bench.method.student_batch(self._bench.pool, self.asked.batch, AT).images
+
+
+def evaluated(asked: Question, device: torch.device) -> int:
+    """Images of an evaluation."""
+    whole = EVALUATED[device.type]
+    return whole if asked.side <= 32 else max(FEWEST, round(whole * (32 / asked.side) ** 2))
 
 
 @contextmanager
