@@ -485,12 +485,10 @@ def _plan(
     config_fields, schedule_fields = method.Config.model_fields, Schedule.model_fields
     config: dict[str, Any] = dict(own.config)
     schedule_values = own.schedule.model_dump()
-    overridden = False
     for key, value in suite.settings.items():
         owner, _, setting = key.partition(".")
         if owner != name:
             continue
-        overridden = True
         if setting in config_fields:
             config[setting] = value
         elif setting in schedule_fields:
@@ -502,6 +500,8 @@ def _plan(
         final = Schedule(**schedule_values)
     except ValidationError as error:
         raise UserError(f"{name}: {validation_line(error)}") from None
+    before = method.Config(**own.config).model_dump(mode="json")
+    overridden = (complete, final) != (before, own.schedule)  # an ablation's row may name a value that it has anyway
     origin = "ours" if overridden and own.origin != "ours" else own.origin
     source = f"{own.source}; changed by -s" if overridden else own.source
     return Published(schedule=final, config=complete, origin=origin, source=source)
