@@ -355,7 +355,7 @@ def test_an_override_with_the_value_that_it_has_changes_nothing(setting: str) ->
     (job,) = jobs_of(make_suite("t", "t", "cifar10", ["nayer"], controls=()))
     value = (job.config | job.schedule.model_dump())[setting]
     again = make_suite("t", "t", "cifar10", ["nayer"], controls=(), settings={f"nayer.{setting}": value})
-    assert jobs_of(again) == (job,)
+    assert jobs_of(again) == [job]
 
 
 # --- Controls ---------------------------------------------------------------------------------------------------------
