@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dfkd_bench.ahead import Ahead, _Lane, spare_memory
+from dfkd_bench.augment import to_uint8
 from dfkd_bench.pool import Pool
 from dfkd_bench.shuffle import Shuffle
 
@@ -178,3 +179,20 @@ class _Nothing(contextlib.nullcontext[None]):
     def synchronize(self) -> None: ...
 
     def record(self) -> None: ...
+
+
+def test_a_pool_of_imagenets_size_in_host_memory() -> None:
+    """140,000 images of 224x224 are 21 GB: more bytes than 32 bits count. Memory that nobody has written takes none."""
+    shape, count = (3, 224, 224), 140_000
+    try:
+        room = torch.empty((count, *shape), dtype=torch.uint8)
+    except RuntimeError:
+        pytest.skip("this machine does not promise 21 GB")
+    pool = Pool(shape, CPU, torch.Generator().manual_seed(0), spare=lambda _device: 0)
+    pool.add(torch.zeros(1, *shape))
+    last = torch.rand(2, *shape, generator=torch.Generator().manual_seed(1))
+    pool._images, pool._size = room, count - len(last)
+    pool.add(last)
+    assert len(pool) == count
+    assert torch.equal(pool._take(torch.tensor([count - 1, count - 2])), to_uint8(last.flip(0)))
+    assert pool.draw(8).shape == (8, *shape)
