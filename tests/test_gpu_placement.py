@@ -15,9 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 
-from dfkd_bench import plugins, statistics
+from dfkd_bench import plugins, statistics, teachers
 from dfkd_bench.augment import Normalize, random_crop_flip
-from dfkd_bench.method import Method, Progress, Task
+from dfkd_bench.compute import Compute
+from dfkd_bench.evaluate import evaluate
+from dfkd_bench.job import Recipe
+from dfkd_bench.method import LabelledImages, Method, Progress, Task
 from dfkd_bench.models import build_model
 from dfkd_bench.pool import Pool
 
@@ -111,11 +114,19 @@ def classifier() -> nn.Module:
     return build_model("convnet8", CLASSES, SHAPE[0]).to(GPU).eval().requires_grad_(False)
 
 
+def normalize() -> Normalize:
+    return Normalize([0.5], [0.25], GPU)
+
+
+def labelled() -> LabelledImages:
+    images = torch.zeros(POOL, *SHAPE, dtype=torch.uint8, device=GPU)
+    return LabelledImages(images, torch.zeros(POOL, dtype=torch.long, device=GPU))
+
+
 def task() -> Task:
     rng = torch.Generator()  # one of the GPU would need its driver
     teacher = classifier()
     embeddings = torch.randn(CLASSES, 16).to(GPU)
-    images = torch.zeros(POOL, *SHAPE, dtype=torch.uint8, device=GPU)
     return Task(
         teacher=teacher,
         teach=torch.no_grad()(teacher),
@@ -123,13 +134,13 @@ def task() -> Task:
         class_names=tuple(f"class {index}" for index in range(CLASSES)),
         image_shape=SHAPE,
         device=GPU,
-        normalize=Normalize([0.5], [0.25], GPU),
+        normalize=normalize(),
         augment=lambda batch: random_crop_flip(batch, 1, True, rng),
         flip_keeps_class=True,
         crop_padding=1,
         rng=rng,
         label_embeddings=lambda encoder, prompt: embeddings.clone(),
-        unlabelled=images,
+        unlabelled=labelled().images,
     )
 
 
@@ -160,3 +171,17 @@ def test_a_round_stays_on_the_gpu_and_the_host_waits_for_nothing(name: str, gpu:
         loss.backward()
         method.after_student_step(student, batch, AT)
     assert (loss.device, batch.images.device) == (GPU, GPU)
+
+
+def test_a_teachers_epoch_stays_on_the_gpu(gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Tensor, "item", lambda self: 0.0)  # its loss, once an epoch
+    teacher = classifier().requires_grad_(True)
+    optimizer = torch.optim.SGD(teacher.parameters(), lr=0.1, momentum=0.9)
+    recipe = Recipe(epochs=1, batch_size=16, lr=0.1, augment=True)
+    teachers._train_epoch(teacher, optimizer, labelled(), normalize(), recipe, 1, True, Compute(GPU, "fp32"))
+
+
+def test_an_evaluation_stays_on_the_gpu(gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Tensor, "item", lambda self: 0.0)  # accuracy, agreement and calibration
+    data = labelled()
+    evaluate(classifier(), data.images, data.labels, normalize(), data.labels)
