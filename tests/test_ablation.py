@@ -228,6 +228,14 @@ def test_seconds_to_a_level() -> None:
     assert (found.mean_a, found.mean_b) == (20, 40)
 
 
+def test_rows_that_other_work_slowed_are_named() -> None:
+    chosen, rows = example()
+    slow = row("b, twice", [run("b", seed, 90.0, processor_seconds=1.0) for seed in range(3)])
+    update = {"rows": (*chosen.rows, slow.row)}
+    built = ablation_table.build(chosen.model_copy(update=update), [*rows, slow])
+    assert "other work had the processor during runs of 'b, twice': their seconds are too long" in built.table.notes
+
+
 def test_seconds_without_a_level_are_those_of_the_whole_run() -> None:
     found = compare(accuracies("a", (90, 90), seconds=30.0), accuracies("b", (90, 90), seconds=50.0), measure="seconds")
     assert (found.mean_a, found.mean_b) == (30, 50)

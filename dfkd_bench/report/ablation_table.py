@@ -15,7 +15,17 @@ from dfkd_bench.errors import UserError, unknown
 from dfkd_bench.record import Record
 from dfkd_bench.report import table as tables
 from dfkd_bench.report.groups import require_comparable
-from dfkd_bench.report.layout import CONCURRENT, TIMES_NOTE, UNCONFIRMED, Cited, Column, Row, Table, shortened
+from dfkd_bench.report.layout import (
+    CONCURRENT,
+    TIMES_NOTE,
+    UNCONFIRMED,
+    Cited,
+    Column,
+    Row,
+    Table,
+    shortened,
+    slowed_note,
+)
 from dfkd_bench.report.published import rows as published_rows
 from dfkd_bench.report.verdicts import RULE, Comparison, Effect, Finding, judge, level_in, machine, measured, scored
 
@@ -296,6 +306,7 @@ def _notes(
         yield f"{CONCURRENT} made by several concurrent workers: times are not comparable with exclusive runs"
     if len(machines) > 1:
         yield "times come from different hardware and are not comparable"
+    yield from slowed_note({one.row.label: one.records for one in results})
     sources: dict[str, set[str]] = {}
     for record in records:
         sources.setdefault(record.job.method, set()).add(record.method.source_sha256)

@@ -324,6 +324,14 @@ def _teacher_note(records: Sequence[Record]) -> str:
     return f"teacher: {facts.percent}, sha256 {facts.sha256[:12]}, {facts.origin}"
 
 
+def slowed_note(records: Mapping[str, Sequence[Record]]) -> Iterable[str]:
+    """A line that names those of ``records``' rows whose seconds are too long, if there are any."""
+    slowed = [label for label, each in records.items() if any(record.was_slowed for record in each)]
+    if slowed:
+        named = ", ".join(label if label.isidentifier() else f"'{label}'" for label in slowed)
+        yield f"other work had the processor during runs of {named}: their seconds are too long"
+
+
 def _warnings(groups: Sequence[Group], rows: Sequence[Row]) -> Iterable[str]:
     scored = [record for one in groups for record in one.scored]
     marks = "".join(row.marks for row in rows)
@@ -333,9 +341,7 @@ def _warnings(groups: Sequence[Group], rows: Sequence[Row]) -> Iterable[str]:
         yield f"{CONCURRENT} made by several concurrent workers: times are not comparable with exclusive runs"
     if len({_machine(record) for record in scored}) > 1:
         yield "times come from different hardware and are not comparable"
-    slowed = [one.label for one in groups if any(record.was_slowed for record in one.scored)]
-    if slowed:
-        yield f"other work had the processor during runs of {', '.join(slowed)}: their seconds are too long"
+    yield from slowed_note({one.label: one.scored for one in groups})
     commits = sorted({str(record.git["commit"])[:7] for record in scored if record.git.get("commit")})
     if len(commits) > 1:
         yield f"runs were made at several commits ({', '.join(commits)}), which may differ in speed"
