@@ -43,6 +43,7 @@ def held(path: Path, what: str, wait: bool = False) -> Iterator[None]:
     try:  # from here on, since a signal may come at any moment
         draft.write_text(mine)
         _take(path, draft, what, wait)
+        draft.unlink()  # now, too: a run may end by SIGKILL
         thread.start()
         yield
     finally:
