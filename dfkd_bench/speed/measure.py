@@ -42,8 +42,9 @@ def measure(
     """Measure all forms of all steps that there are.
 
     ``threads``: of torch on the CPU. The forms follow each other, so that a loader's processes disturb no other form;
-    ours is the last. The peak is measured before and after them. Raises ``UserError`` for an unknown method or model,
-    a device that isn't there, sizes that are too small, and for a method that can't do such a task.
+    ours, then ours in fp32, are the last. The peak is measured before and after them. Raises ``UserError`` for an
+    unknown method or model, a device that isn't there, sizes that are too small, and for a method that can't do such a
+    task.
     """
     _check(asked)
     where = resolve_device(device)
@@ -60,9 +61,9 @@ def measure(
         if asked.method == METHOD:
             others, png, works = _other_forms(bench, memory)
         set_threads(threads)  # what a run sets for its whole process begins here, after the other forms
-        if chosen != "fp32":
-            others["exact"] = _in_form("fp32", memory, where, lambda: _exact(asked, where, threads, found))
         ours = _in_form("ours", memory, where, lambda: _ours(bench))
+        if chosen != "fp32":  # after ours, whose peak would hold what fp32 frees and the process keeps
+            others["exact"] = _in_form("fp32", memory, where, lambda: _exact(asked, where, threads, found))
         machine = peak.best_of(before, peak.measure(where, chosen))
         return Speed(
             method=asked.method,
