@@ -38,11 +38,6 @@ class Compute:
             return torch.autocast(self.device.type, dtype=torch.bfloat16, cache_enabled=False)
         return contextlib.nullcontext()
 
-    @property
-    def has_tiles(self) -> bool:
-        """Whether a CPU multiplies bf16 in tiles (AMX): there passes over activations take longer than products."""
-        return self.device.type == "cpu" and "amx_bf16" in _cpu_flags()
-
     def place(self, model: nn.Module) -> nn.Module:
         """``model`` on the device, channels-last: the layout in which convolutions are fastest on both kinds."""
         return model.to(self.device).to(memory_format=torch.channels_last)

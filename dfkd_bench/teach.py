@@ -19,13 +19,13 @@ def teaching(teacher: nn.Module, compute: Compute) -> Callable[[Tensor], Tensor]
     """Normalised images [b, C, H, W] -> fp32 logits [b, K] of ``teacher`` (in eval mode, where ``compute`` places it).
 
     In fp32 it is the teacher as it is. In bf16 it is a copy whose BatchNorms are folded into the convolutions before
-    them, where the order of layers allows, and whose weights are bf16 once and not in every step. On a CPU with AMX a
+    them, where the order of layers allows, and whose weights are bf16 once and not in every step. On a CPU a
     convolution, the addition and the ReLU that follow it are one pass over the activation. Rounding apart the answers
     are the same.
     """
     frozen = folded(teacher) if compute.precision == "bf16" else None
-    if frozen is not None and compute.has_tiles and has_one_pass_kernels():
-        frozen = in_one_pass(frozen)  # on a CPU without AMX it was no faster
+    if frozen is not None and compute.device.type == "cpu" and has_one_pass_kernels():
+        frozen = in_one_pass(frozen)
 
     @torch.no_grad()
     def teach(images: Tensor) -> Tensor:
@@ -55,33 +55,45 @@ def folded(teacher: nn.Module) -> GraphModule | None:
 
 
 def has_one_pass_kernels() -> bool:
-    """Whether this build of PyTorch has oneDNN's convolution with what follows it (those of inductor, not public)."""
-    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
+    """Whether oneDNN's convolution with what follows it (those of inductor, not public) is there and does bf16 here."""
+    kernels = torch.ops.mkldnn
+    there = torch.backends.mkldnn.is_available() and hasattr(kernels, "_convolution_pointwise")
+    return there and hasattr(torch._C._nn, "mkldnn_reorder_conv2d_weight") and kernels._is_mkldnn_bf16_supported()
 
 
 class OnePass(nn.Module):
-    """A frozen convolution, then ``+ other`` if there is one, then a ReLU if ``relu``; rounded once, at the end."""
+    """A frozen convolution, then ``+ other`` if there is one, then a ReLU if ``relu``; rounded once, at the end.
+
+    Its weights are laid out for the kernel with the first batch, and not anew for each.
+    """
 
     def __init__(self, conv: nn.Conv2d, relu: bool) -> None:
         super().__init__()
         self.conv, self.relu = conv, relu
         padding = [int(side) for side in conv.padding]  # a name of a padding never comes here
         self._how = (padding, list(conv.stride), list(conv.dilation), conv.groups)
+        self._laid_out: Tensor | None = None
 
     def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
         """[b, n, H, W] to [b, m, H', W'], the shape of ``other``, too; one that is broadcast is added apart."""
-        conv, kernel = self.conv, torch.ops.mkldnn._convolution_pointwise
+        kernel, weight, bias = torch.ops.mkldnn._convolution_pointwise, self._weight(x), self.conv.bias
         made: Tensor
         if other is not None and not self._same_kind(x, other):  # the kernel knows no broadcasting
-            made = conv(x) + other
+            made = self.conv(x) + other
             made = F.relu(made) if self.relu else made
         elif other is None:
-            made = kernel(x, conv.weight, conv.bias, *self._how, "relu" if self.relu else "none", [], "")
+            made = kernel(x, weight, bias, *self._how, "relu" if self.relu else "none", [], "")
         else:
             made = kernel.binary(
-                x, other, conv.weight, conv.bias, *self._how, "add", 1.0, "relu" if self.relu else None, [], None
+                x, other, weight, bias, *self._how, "add", 1.0, "relu" if self.relu else None, [], None
             )
         return made
+
+    def _weight(self, x: Tensor) -> Tensor:
+        if self._laid_out is None:
+            weight: Tensor = self.conv.weight.detach().to_mkldnn()
+            self._laid_out = torch._C._nn.mkldnn_reorder_conv2d_weight(weight, *self._how, list(x.shape))
+        return self._laid_out
 
     def _same_kind(self, x: Tensor, other: Tensor) -> bool:
         """Whether ``other`` has the shape and type of the convolution of ``x``."""
@@ -96,7 +108,7 @@ def in_one_pass(frozen: GraphModule) -> GraphModule:
 
     A BatchNorm that could not be folded becomes a convolution of each channel with one weight, its slope, and a bias:
     so it, too, takes its ReLU along. Residual additions go into the convolution that ends their branch, and the ReLU
-    behind them as well.
+    behind them as well. A convolution that takes nothing along has its weights laid out like the others'.
     """
     graph = frozen.graph
     for node in list(graph.nodes):
@@ -117,8 +129,6 @@ def in_one_pass(frozen: GraphModule) -> GraphModule:
         if relu:
             assert following is not None
             chain.append(following)
-        if len(chain) == 1:
-            continue
         frozen.add_submodule(f"one_pass_{node.name}", OnePass(conv, relu))
         with graph.inserting_before(chain[-1]):  # where all that it takes has been computed
             inputs = (node.args[0],) if other is None else (node.args[0], other)

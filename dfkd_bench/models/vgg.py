@@ -8,7 +8,7 @@ datafree/models/classifiers/vgg.py, so that its checkpoints load by key.
 from __future__ import annotations
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 NAMES = ("vgg8", "vgg11", "vgg13")
 
@@ -49,16 +49,21 @@ class VGG(nn.Module):
 
     def features(self, images: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Logits [b, K], pooled features [b, 512] and the outputs of the five blocks (after ReLU, before pooling)."""
-        pooled_after = (True, True, True, images.shape[2] == 64, False)
-        blocks = (self.block0, self.block1, self.block2, self.block3, self.block4)
         x = images
         stages = []
-        for block, pool in zip(blocks, pooled_after, strict=True):
+        for index, block in enumerate((self.block0, self.block1, self.block2, self.block3, self.block4)):
             out = F.relu(block(x), inplace=True)
             stages.append(out)
-            x = F.max_pool2d(out, 2) if pool and min(out.shape[2:]) > 1 else out
+            x = _pooled(out, images, index)
         pooled = F.adaptive_avg_pool2d(x, 1).flatten(1)
         return self.classifier(pooled), pooled, stages
+
+
+@fx.wrap  # one step to whoever traces the network, for it asks for shapes
+def _pooled(out: Tensor, images: Tensor, index: int) -> Tensor:
+    """What goes on from block ``index`` of five."""
+    pool = index < 3 or (index == 3 and images.shape[2] == 64)
+    return F.max_pool2d(out, 2) if pool and min(out.shape[2:]) > 1 else out
 
 
 def _block(inputs: int, width: int, depth: int) -> nn.Sequential:
