@@ -118,36 +118,43 @@ class Pool:
             self._host = Ahead(self._device)
             self._images = self._images.cpu()
             self._shuffle.move(self._images.device)
-        self._images = _grown(self._images, self._size, wanted)
-        self._images[self._size : wanted] = images
-        for name, rows in extras.items():
-            current = self._extras.get(name, rows[:0])
-            self._extras[name] = _grown(current, self._size, wanted)
-            self._extras[name][self._size : wanted] = rows
-        self._size = wanted
-        if self.cap is not None and self._size > self.cap:
-            drop = self._size - self.cap
-            self._images = self._images[drop : self._size].clone()
-            self._extras = {name: rows[drop : self._size].clone() for name, rows in self._extras.items()}
-            self._size = self.cap
+        self._images = self._with(self._images, images)
+        self._extras = {name: self._with(self._extras.get(name, rows[:0]), rows) for name, rows in extras.items()}
+        self._size = self._kept(wanted)
+
+    def _kept(self, wanted: int) -> int:
+        """Images in the pool when there were to be ``wanted``."""
+        return wanted if self.cap is None else min(wanted, self.cap)
+
+    def _capacity(self, rows: Tensor, wanted: int) -> int:
+        """Rows of the next tensor: they double, so that adding is linear in the images added; never beyond the cap."""
+        return self._kept(max(wanted, 2 * rows.shape[0]))
 
     def _fits(self, wanted: int) -> bool:
         """Whether the device can hold ``wanted`` images: the grown tensor takes at most half of what is free now."""
-        if self._images.shape[0] >= wanted:  # asked first: the driver takes its time to answer
+        if self._images.shape[0] >= self._kept(wanted):  # asked first: the driver takes its time to answer
             return True
         spare = self._spare(self._device)
-        return spare is None or 2 * _capacity(self._images, wanted) * math.prod(self._images.shape[1:]) <= spare
+        return spare is None or 2 * self._capacity(self._images, wanted) * math.prod(self._images.shape[1:]) <= spare
 
-
-def _capacity(rows: Tensor, wanted: int) -> int:
-    """Rows of the next tensor: they double, so that adding is linear in the images added."""
-    return max(wanted, 2 * rows.shape[0])
-
-
-def _grown(rows: Tensor, used: int, wanted: int) -> Tensor:
-    """``rows`` with room for ``wanted``."""
-    if rows.shape[0] >= wanted:
+    def _with(self, rows: Tensor, new: Tensor) -> Tensor:
+        """``rows``, of which those in the pool are used, with ``new`` behind them; what the cap drops has made room."""
+        wanted = self._size + new.shape[0]
+        kept = self._kept(wanted)
+        drop = wanted - kept
+        stay = max(0, self._size - drop)
+        if rows.shape[0] < kept:
+            grown = torch.empty((self._capacity(rows, wanted), *rows.shape[1:]), dtype=rows.dtype, device=rows.device)
+            grown[:stay] = rows[self._size - stay : self._size]
+            rows = grown
+        elif drop:
+            _move_down(rows[: self._size], drop)
+        rows[stay:kept] = new[-(kept - stay) :]
         return rows
-    grown = torch.empty((_capacity(rows, wanted), *rows.shape[1:]), dtype=rows.dtype, device=rows.device)
-    grown[:used] = rows[:used]
-    return grown
+
+
+def _move_down(rows: Tensor, by: int) -> None:
+    """Move each row ``by`` places to the front, in place: in pieces, none of which overlaps the place where it goes."""
+    for start in range(0, rows.shape[0] - by, by):
+        piece = rows[start + by : start + 2 * by]
+        rows[start : start + piece.shape[0]] = piece

@@ -106,7 +106,7 @@ def test_writing_into_a_drawn_batch_does_not_change_the_pool() -> None:
     assert pool.images[:, 0, 0, 0].tolist() == list(range(5))
 
 
-@pytest.mark.parametrize("batch", [3, 4, 15])
+@pytest.mark.parametrize("batch", [1, 3, 4, 6, 10, 15])
 def test_a_cap_keeps_the_newest(batch: int) -> None:
     pool = new_pool(cap=10)
     for start in range(0, 60, batch):
@@ -120,6 +120,18 @@ def test_a_cap_drops_the_oldest_of_one_batch_too() -> None:
     pool.add(numbered(0, 3))
     pool.add(numbered(3, 12), {})
     assert pool.images[:, 0, 0, 0].tolist() == [8, 9, 10, 11]
+
+
+def test_a_full_pool_stays_where_it_lies() -> None:
+    """Of a pool that takes half of a device's memory there is no room for a second one, nor for a larger one."""
+    pool = new_pool(cap=10)
+    pool.add(numbered(0, 7))
+    pool.add(numbered(7, 14))
+    place = pool.images.data_ptr()
+    for start in range(14, 60, 3):
+        pool.add(numbered(start, start + 3))
+    assert pool.images.data_ptr() == place
+    assert pool.images.untyped_storage().nbytes() == 10 * 4
 
 
 def test_a_cap_larger_than_the_pool_changes_nothing() -> None:
