@@ -41,10 +41,11 @@ def stream(device: torch.device) -> torch.Generator:
 
 
 def two_pools(device: torch.device, cap: int | None = None, full: bool = False) -> tuple[Pool, Pool]:
-    """One whose device has no end, one whose device has no room for 12 images."""
+    """One whose device has no end, one whose device has no room for 12 images, nor for as many as the cap allows."""
+    room = 11 if cap is None else cap - 1
     return (
         Pool(IMAGE, device, stream(device), cap, full, spare=lambda _: None),
-        Pool(IMAGE, device, stream(device), cap, full, spare=lambda _: 2 * BYTES * 11),
+        Pool(IMAGE, device, stream(device), cap, full, spare=lambda _: 2 * BYTES * room),
     )
 
 
