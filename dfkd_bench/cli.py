@@ -368,15 +368,19 @@ def speed(
     repeat: Annotated[int, typer.Option(help="Repeats; medians count.")] = 5,
     plugin: PluginFiles = None,
     output: Output = DEFAULT_OUTPUT,
+    quiet: Quiet = False,
 ) -> None:
     """Time the steps of a run here, beside plain PyTorch and the released code's manner. Needs no data."""
     from dfkd_bench.compute import cores_at_hand
+    from dfkd_bench.progress import show_repeats
     from dfkd_bench.speed import measure, report
 
     asked = measure.Question(
         method or measure.METHOD, pair, batch, synthesis_batch, side, classes, channels, steps, repeat
     )
-    found = measure.measure(asked, _plugins(plugin), device, _precision(precision), threads or cores_at_hand())
+    wanted = (_plugins(plugin), device, _precision(precision), threads or cores_at_hand())
+    with show_repeats(err, quiet) as reporting:
+        found = measure.measure(asked, *wanted, reporting)
     out.print(report.render(found))
     kept, figure = report.write(found, output)
     plain(f"\nnumbers: {kept}\nfigure:  {figure}")

@@ -121,6 +121,27 @@ def _doing(step: Step) -> str:
 
 
 @contextmanager
+def show_repeats(console: Console, quiet: bool = False) -> Iterator[Callable[[int, int], None]]:
+    """What a measurement reports to: repeats done, and of how many."""
+    start = time.monotonic()
+
+    def line(done: int, count: int) -> None:
+        if done == count or done % max(1, count // 5) == 0:
+            elapsed = time.monotonic() - start
+            left = elapsed / done * (count - done)
+            console.print(f"repeat {done}/{count} ({elapsed:.0f} s, about {left:.0f} s left)")
+
+    if quiet:
+        yield lambda done, count: None
+    elif not console.is_terminal:
+        yield line
+    else:
+        with _bars(console) as bars:
+            task = bars.add_task("repeats", total=None, note="starting")
+            yield lambda done, count: bars.update(task, total=count, completed=done, note=f"{done}/{count}")
+
+
+@contextmanager
 def show_teacher(console: Console, quiet: bool = False) -> Iterator[Callable[[TrainingProgress], None]]:
     """What a teacher's training reports to."""
     if quiet:

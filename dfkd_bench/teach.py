@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -91,8 +91,9 @@ class OnePass(nn.Module):
 
     def _weight(self, x: Tensor) -> Tensor:
         if self._laid_out is None:
+            kernels: Any = torch._C._nn  # whose stubs leave out the input's shape
             weight: Tensor = self.conv.weight.detach().to_mkldnn()
-            self._laid_out = torch._C._nn.mkldnn_reorder_conv2d_weight(weight, *self._how, list(x.shape))
+            self._laid_out = kernels.mkldnn_reorder_conv2d_weight(weight, *self._how, list(x.shape))
         return self._laid_out
 
     def _same_kind(self, x: Tensor, other: Tensor) -> bool:

@@ -28,17 +28,15 @@ ENDLESS = 2**40  # images a pass: a released pool is so large that new passes ha
 
 
 class ReleasedManner:
-    """Both steps; the pool is ``folder``. Used in a ``with``, which ends the loader's processes."""
+    """Both steps; the pool is ``folder``. ``close`` ends the loader's processes."""
 
     def __init__(self, plain: Plain, folder: Path, batch: int) -> None:
         self.plain, self.folder, self.batch = plain, folder, batch
         self._batches: Iterator[Tensor] | None = None
 
-    def __enter__(self) -> ReleasedManner:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._batches = None  # the loader's iterator ends its workers when it goes
+    def close(self) -> None:
+        """End the loader's processes, if there are any: they go with its iterator."""
+        self._batches = None
 
     def synthesize(self) -> Tensor:
         """One batch: [B, C, H, W] on the host. Its PNG files are not written yet."""

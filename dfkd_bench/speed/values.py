@@ -132,7 +132,7 @@ def row(
     plain: Cell | None = None,
     released: Cell | None = None,
 ) -> Row:
-    """A row with its ratios: the other form's median time over ours."""
+    """A row with its ratios: the median over the rounds of the other form's time over ours."""
     return Row(
         name=name,
         images=images,
@@ -142,10 +142,17 @@ def row(
         exact=exact,
         plain=plain,
         released=released,
-        faster_than_exact=exact.seconds / ours.seconds if exact else None,
-        faster_than_plain=plain.seconds / ours.seconds if plain else None,
-        faster_than_released=released.seconds / ours.seconds if released else None,
+        faster_than_exact=ratio(exact, ours),
+        faster_than_plain=ratio(plain, ours),
+        faster_than_released=ratio(released, ours),
     )
+
+
+def ratio(other: Cell | None, ours: Cell) -> float | None:
+    """How many times as long the other form takes. Both have one time a round, and drifts are shorter in a round."""
+    if other is None:
+        return None
+    return middle(tuple(theirs / mine for theirs, mine in zip(other.repeats, ours.repeats, strict=True)))
 
 
 def read(path: Path) -> Speed:
