@@ -178,6 +178,37 @@ FastMeta.published = {
         ("wrn40_2:wrn16_2", 1.1, 0.4),
     )
 }
+FastMeta.published = {
+    **FastMeta.published,
+    **{
+        f"imagenet/resnet50_imagenet:{student}": Published(
+            schedule=Schedule(
+                epochs=400, rounds_per_epoch=10, student_steps=100, batch_size=100, lr=0.1, weight_decay=1e-4
+            ),
+            config={
+                "meta": "reptile",
+                "synthesis_batch_size": 100,
+                "generator_steps": 50,
+                "generator_lr": 2e-4,
+                "meta_lr": 1e-4,
+                "latent_lr": 0.01,
+                "adversarial": adversarial,
+                "batchnorm": 0.1,
+                "onehot": 0.1,
+                "temperature": 5.0,
+                "reset_epoch": None,
+            },
+            origin="code",
+            source=f"zju-vipa/Fast-Datafree, logs/log-imagenet-resnet50_imagenet-{student}-FastDFKD_50.txt (without "
+            "its images made before and its maps of latent vectors)",
+        )
+        for student, adversarial in (
+            ("resnet50_imagenet", 0.1),
+            ("resnet18_imagenet", 1.0),  # its log begins with another start, of other values
+            ("mobilenetv2_imagenet", 0.1),
+        )
+    },
+}
 FastMeta.search = {
     "generator_steps": (5, 10, 20, 60),  # 60: as many as NAYER's two batches of 30
     "synthesis_batch_size": (100, 200),

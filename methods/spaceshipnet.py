@@ -169,8 +169,8 @@ def look(model: nn.Module, images: Tensor, answers: Tensor | None = None) -> Map
 def last_map(model: nn.Module, width: int) -> Iterator[list[Tensor]]:
     """Inside the ``with`` a pass leaves in the list the map [b, width, h, w] whose ReLU is pooled for the classifier.
 
-    It is the last output of a submodule with ``width`` channels. For a wide ResNet that is not the last stage's
-    output: between that and the pooling there are a BatchNorm and a ReLU.
+    It is the last output of a submodule with ``width`` channels that doesn't pool. For a wide ResNet that is not the
+    last stage's output: between that and the pooling there are a BatchNorm and a ReLU.
     """
     seen: list[Tensor] = []
 
@@ -178,7 +178,8 @@ def last_map(model: nn.Module, width: int) -> Iterator[list[Tensor]]:
         if isinstance(output, Tensor) and output.ndim == 4 and output.shape[1] == width:
             seen[:] = [output]
 
-    handles = [module.register_forward_hook(hook) for module in model.modules()]
+    pooling = (nn.AdaptiveAvgPool2d, nn.AvgPool2d)
+    handles = [module.register_forward_hook(hook) for module in model.modules() if not isinstance(module, pooling)]
     try:
         yield seen
     finally:
@@ -303,3 +304,5 @@ SpaceshipNet.smoke = {
         source="results/trials/fashion_mnist.json: digits' settings at 300 student steps, and three more trials",
     ),
 }
+# Since then maps are found in models that pool by a module; none of those that had records does.
+SpaceshipNet.same_results = ("75658cfc0900abf7fc71d2c7796cbe1dccf1efdc5b967d16ffd7efc018a67b7d",)

@@ -376,6 +376,7 @@ SCRIPTS = {
     "cifar10/wrn40_2:wrn40_1": (250, 256, 1, 20),
     "cifar10/resnet34:resnet18": (250, 256, 0, 1),
     "cifar10/vgg11:resnet18": (250, 512, 0, 1),
+    "cifar100/wrn40_2:wrn16_2": (300, 1024, 1, 20),
     "cifar100/resnet34:wrn40_1": (400, 256, 1, 1),
 }
 

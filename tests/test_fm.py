@@ -477,5 +477,19 @@ def test_published_settings(dataset: str, pair: str) -> None:
     assert schedule.epochs * config.synthesis_batch_size == 56_320
 
 
+LOGS = {"resnet50_imagenet": 0.1, "resnet18_imagenet": 1.0, "mobilenetv2_imagenet": 0.1}
+
+
+@pytest.mark.parametrize("student", LOGS)
+def test_imagenet_has_the_logs_budget(student: str) -> None:
+    published = FastMeta.published[f"imagenet/resnet50_imagenet:{student}"]
+    schedule, config = published.schedule, FastMetaConfig(**published.config)
+    assert config.adversarial == LOGS[student]
+    assert (config.meta, config.generator_steps, config.reset_epoch, config.temperature) == ("reptile", 50, None, 5)
+    assert (schedule.epochs, schedule.rounds_per_epoch * schedule.student_steps) == (400, 1000)
+    assert (schedule.warmup_epochs, schedule.lr, schedule.lr_min, schedule.lr_horizon) == (0, 0.1, 0, None)
+
+
 def test_nothing_else_is_published() -> None:
-    assert set(FastMeta.published) == {f"{dataset}/{pair}" for dataset in ("cifar10", "cifar100") for pair in SCRIPT}
+    small = {f"{dataset}/{pair}" for dataset in ("cifar10", "cifar100") for pair in SCRIPT}
+    assert set(FastMeta.published) == small | {f"imagenet/resnet50_imagenet:{student}" for student in LOGS}

@@ -94,7 +94,9 @@ def test_golden_class_activation_maps() -> None:
 
 # -- Where a classifier looks -----------------------------------------------------------------------------------------
 
-SIDES = {"convnet8": 12, "wrn16_1": 12, "resnet18": 8, "vgg8": 16}
+SIDES = {"convnet8": 12, "wrn16_1": 12, "resnet18": 8, "vgg8": 16, "resnet18_imagenet": 64, "mobilenetv2_imagenet": 64}
+LAST = {"convnet8": 3, "wrn16_1": 3, "resnet18": 1, "vgg8": 2, "resnet18_imagenet": 2, "mobilenetv2_imagenet": 2}
+"""Sides of images, and of the last map that a model makes of them before it pools."""
 
 
 @pytest.mark.parametrize("name", SIDES)
@@ -105,6 +107,7 @@ def test_class_activation_maps_average_to_the_logits(name: str) -> None:
     maps = look(model, torch.rand(2, 1, SIDES[name], SIDES[name], requires_grad=True))
     expected = maps.classes.mean(dim=(2, 3)) + classifier.bias
     torch.testing.assert_close(expected, maps.logits, rtol=1e-4, atol=1e-5)
+    assert maps.classes.shape[2:] == (LAST[name], LAST[name])
 
 
 @pytest.mark.parametrize("answers", [None, [3, 0]])
