@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from dfkd_bench.errors import UserError
+from dfkd_bench.frozen_norm import lighten
 from dfkd_bench.job import Precision
 
 
@@ -40,7 +41,8 @@ class Compute:
 
     def place(self, model: nn.Module) -> nn.Module:
         """``model`` on the device, channels-last: the layout in which convolutions are fastest on both kinds."""
-        return model.to(self.device).to(memory_format=torch.channels_last)
+        placed = model.to(self.device).to(memory_format=torch.channels_last)
+        return lighten(placed) if self.device.type == "cuda" and self.precision == "bf16" else placed
 
 
 def resolve_device(name: str) -> torch.device:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
@@ -163,16 +164,18 @@ def upsampled_conv(x: Tensor, conv: nn.Module) -> Tensor:
     convolution of stride 2 whose 4x4 kernel adds up the weights that meet the same pixel. In bf16 on a CPU it takes a
     third to two thirds of the time, from 4 pixels on. fp32 keeps the order of additions that is written in ``conv``.
     """
-    if type(conv) is nn.Conv2d and _fast(x) and x.shape[2] >= 4:
+    if type(conv) is nn.Conv2d and x.device.type == "cpu" and _half(x) and x.shape[2] >= 4:
         merged = _merged(conv.weight).contiguous(memory_format=torch.channels_last)
         return F.conv_transpose2d(x, merged, conv.bias, stride=2, padding=1)
-    up: Tensor = conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+    with torch.autocast("cuda", enabled=False) if x.is_cuda else nullcontext():  # there it would be made in fp32
+        wide = F.interpolate(x, scale_factor=2.0, mode="nearest")
+    up: Tensor = conv(wide)
     return up
 
 
-def _fast(x: Tensor) -> bool:
-    """bf16 on a CPU. fp32 keeps layouts and the order of additions, and so every bit of its results."""
-    return x.device.type == "cpu" and torch.is_autocast_enabled("cpu")
+def _half(x: Tensor) -> bool:
+    """bf16. fp32 keeps layouts and the order of additions, and so every bit of its results."""
+    return x.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(x.device.type)
 
 
 class _ChannelsLast(torch.autograd.Function):
@@ -188,7 +191,7 @@ class _ChannelsLast(torch.autograd.Function):
 
 
 def _channels_last(x: Tensor) -> Tensor:
-    changed: Tensor = _ChannelsLast.apply(x) if _fast(x) else x
+    changed: Tensor = _ChannelsLast.apply(x) if _half(x) else x
     return changed
 
 

@@ -77,7 +77,9 @@ class Pool:
     def draw_with_extras(self, size: int) -> tuple[Tensor, dict[str, Tensor]]:
         """The same with the extras' rows of the same images."""
         rows = self._next(size)
-        there = rows.to(self._device)
+        there = rows
+        if rows.device != self._device:  # from memory that isn't pinned the copy would wait for all that is under way
+            there = rows.pin_memory().to(self._device, non_blocking=True)
         return to_unit(self._take(rows)), {name: values[there] for name, values in self._extras.items()}
 
     def state_dict(self) -> dict[str, Any]:

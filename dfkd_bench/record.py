@@ -6,6 +6,7 @@ import datetime
 import importlib.metadata
 import platform
 import subprocess
+import sys
 from collections.abc import Container, Iterator
 from functools import cache
 from pathlib import Path
@@ -197,6 +198,10 @@ def software() -> dict[str, str]:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             versions[name] = "not installed"
+    torch = sys.modules.get("torch")  # imported by whoever computes, and by nobody for this
+    if torch is not None and torch.cuda.is_available():
+        versions["cudnn"] = str(torch.backends.cudnn.version())
+        versions["cuda"] = str(torch.version.cuda)
     return versions
 
 

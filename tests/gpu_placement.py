@@ -21,6 +21,7 @@ from dfkd_bench import plugins, statistics, teachers
 from dfkd_bench.augment import Normalize, random_crop_flip
 from dfkd_bench.compute import Compute
 from dfkd_bench.evaluate import evaluate
+from dfkd_bench.frozen_norm import lighten
 from dfkd_bench.job import Recipe
 from dfkd_bench.method import LabelledImages, Method, Progress, Task
 from dfkd_bench.models import build_model
@@ -81,6 +82,13 @@ def _moments(_context: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     return x.new_zeros(x.shape[1], dtype=torch.float32), x.new_zeros(x.shape[1], dtype=torch.float32)
 
 
+def _line(x: Tensor, *facts: Any) -> Tensor:
+    """The same of ``batch_norm_elemt``: facts of each channel, on the device of ``x``."""
+    *of_channels, _eps = facts
+    assert {each.device for each in of_channels} == {x.device}
+    return torch.empty_like(x)
+
+
 @contextmanager
 def _autocast() -> Iterator[None]:
     """``torch.autocast`` would look for the GPU."""
@@ -104,6 +112,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(Tensor, "backward", _backward)
     monkeypatch.setattr(torch.autograd, "grad", _grad)
     monkeypatch.setattr(statistics._CudaMoments, "forward", staticmethod(_moments))
+    monkeypatch.setattr(torch, "batch_norm_elemt", _line)
     monkeypatch.setattr(Tensor, "__bool__", _on_the_host(Tensor.__bool__, True))
     monkeypatch.setattr(Tensor, "__int__", _on_the_host(Tensor.__int__, 0))
     monkeypatch.setattr(Tensor, "pin_memory", lambda self: self)
@@ -113,7 +122,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def classifier() -> nn.Module:
-    return build_model("convnet8", CLASSES, SHAPE[0]).to(GPU).eval().requires_grad_(False)
+    return lighten(build_model("convnet8", CLASSES, SHAPE[0]).to(GPU).eval().requires_grad_(False))
 
 
 def normalize() -> Normalize:

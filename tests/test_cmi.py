@@ -243,6 +243,15 @@ def test_a_batch_larger_than_the_bank() -> None:
     assert contents(bank) == [12, 13, 14, 15, 16]
 
 
+@pytest.mark.parametrize(("spare", "place"), [(10**9, "meta"), (2 * 4 * 60 - 1, "cpu"), (None, "meta")])
+def test_the_bank_lies_on_the_device_where_there_is_room(
+    spare: int | None, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """30 rows of 2 take at most half of what is free; a device whose memory is the host's has no limit."""
+    monkeypatch.setattr(cmi, "spare_memory", lambda _device: spare)
+    assert Bank(30, 2, torch.device("meta"))._rows.device.type == place
+
+
 def test_rows_are_drawn_once_each_and_anew_every_time() -> None:
     bank = Bank(100, 2)
     bank.add(numbered(0, 60))

@@ -237,6 +237,14 @@ def test_share_is_of_the_best_at_the_same_precision() -> None:
     assert shares == [pytest.approx(0.8), pytest.approx(0.2)]
 
 
+def test_ordinary_code_is_measured_by_the_peak_it_has_on_a_gpu() -> None:
+    """PyTorch rounds the operands of fp32 convolutions there; ours in fp32 does not."""
+    peaks = {**MACHINE.peaks, "tf32": Peak(matrix_product=1e9, convolution=16e9)}
+    gpu = Machine(peaks=peaks, copy_bytes_per_second=1e12)  # type: ignore[arg-type]
+    ours, plain = (values.cell((0.25,), 8, WORK, "fp32", gpu, ordinary) for ordinary in (False, True))
+    assert (ours.share_of_peak, plain.share_of_peak) == (pytest.approx(0.8), pytest.approx(0.1))
+
+
 def test_bound_is_the_larger_one() -> None:
     """Arithmetic takes 0.2 s in fp32 and 0.05 s in bf16; a hundred million numbers take 0.4 s and 0.2 s."""
     much = timing.Work(WORK.flop, 10**8)

@@ -243,6 +243,7 @@ class Order:
             form = Ours(self.asked, self.device, precision, self.threads, found)
         else:
             kinds = {"plain": PlainForm, "released": ReleasedForm}
+            torch.backends.cudnn.allow_tf32 = True  # PyTorch's default, and so what ordinary code computes in on a GPU
             form = kinds[self.name](self.asked, self.device, self.threads, found)
         form.warm_up()
         return form

@@ -119,7 +119,12 @@ def _rows(
         count, work = facts["ours"].images[name], works[name]
         cells = {
             form: cell(
-                [seconds[name] for seconds in turns], count, work, precision if form == "ours" else "fp32", machine
+                [seconds[name] for seconds in turns],
+                count,
+                work,
+                precision if form == "ours" else "fp32",
+                machine,
+                ordinary=form in ("plain", "released"),
             )
             for form, turns in rounds.items()
             if name in turns[0]

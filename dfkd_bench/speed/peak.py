@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from dfkd_bench.job import Precision
 from dfkd_bench.speed.timing import repeated
-from dfkd_bench.speed.values import Machine, Peak
+from dfkd_bench.speed.values import Machine, Peak, PeakName
 
 SIDES = {"cpu": 1536, "cuda": 8192}
 """Rows and columns of the matrices: large enough that the device is busy, small enough for milliseconds."""
@@ -24,7 +24,10 @@ COPIED = {"cpu": 2**27, "cuda": 2**31}
 def measure(device: torch.device, precision: Precision) -> Machine:
     """What ``device`` can do in fp32 and, if that is another one, at ``precision``."""
     names: tuple[Precision, ...] = ("fp32",) if precision == "fp32" else ("fp32", precision)
-    return Machine(peaks={name: peak(device, name) for name in names}, copy_bytes_per_second=copy_rate(device))
+    peaks: dict[PeakName, Peak] = {name: peak(device, name) for name in names}
+    if device.type == "cuda":
+        peaks["tf32"] = _tf32_peak(device)
+    return Machine(peaks=peaks, copy_bytes_per_second=copy_rate(device))
 
 
 def best_of(one: Machine, other: Machine) -> Machine:
@@ -38,6 +41,16 @@ def best_of(one: Machine, other: Machine) -> Machine:
     }
     rate = max(one.copy_bytes_per_second, other.copy_bytes_per_second)
     return Machine(peaks=peaks, copy_bytes_per_second=rate)
+
+
+def _tf32_peak(device: torch.device) -> Peak:
+    """With the operands of convolutions rounded to 10 bits, as PyTorch does unless it is told otherwise."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = True
+    try:
+        return peak(device, "fp32")
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
 
 
 def peak(device: torch.device, precision: Precision, repeat: int = 5) -> Peak:

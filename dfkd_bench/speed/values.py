@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
@@ -15,6 +15,10 @@ from dfkd_bench.method import Frozen
 from dfkd_bench.speed.timing import Work, middle
 
 SCHEMA_VERSION = 1
+
+
+PeakName = Literal["fp32", "bf16", "tf32"]
+"""tf32: fp32 whose convolutions round their operands, on GPUs; what PyTorch does unless it is told otherwise."""
 
 
 class Peak(Frozen):
@@ -69,7 +73,7 @@ class Operator(Frozen):
 class Machine(Frozen):
     """What this machine can do."""
 
-    peaks: dict[Precision, Peak]
+    peaks: dict[PeakName, Peak]
     copy_bytes_per_second: float  # a large tensor copied on the device: bytes read and written
 
 
@@ -108,9 +112,12 @@ class Speed(Frozen):
         return "_".join(re.sub(r"[^\w.]+", "-", part).strip("-") for part in parts)
 
 
-def cell(repeats: Sequence[float], images: int, work: Work, precision: Precision, machine: Machine) -> Cell:
-    """A step's figures from its ``repeats`` [s]."""
-    seconds, peak = middle(tuple(repeats)), machine.peaks[precision].best
+def cell(
+    repeats: Sequence[float], images: int, work: Work, precision: Precision, machine: Machine, ordinary: bool = False
+) -> Cell:
+    """A step's figures from its ``repeats`` [s]. ``ordinary``: fp32 is as PyTorch has it, which on GPUs is TF32."""
+    name: PeakName = "tf32" if ordinary and precision == "fp32" and "tf32" in machine.peaks else precision
+    seconds, peak = middle(tuple(repeats)), machine.peaks[name].best
     shortest = work.shortest(peak, machine.copy_bytes_per_second, 2 if precision == "bf16" else 4)
     return Cell(
         seconds=seconds,
