@@ -22,7 +22,7 @@ import inspect
 import re
 import sys
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -83,29 +83,34 @@ class Source:
         result of a job. The settings themselves are in the job.
 
         Modules of this package that hold parts of methods count with the file that imports them: those that import
-        the contract themselves, such as ``inversion``.
+        the contract themselves, such as ``inversion``. Every version of Python gives the same hash.
         """
+        return self._hash(_tree_text)
+
+    def _hash(self, text: Callable[[ast.Module], str]) -> str:
         if self.path is None:
             return ""
         tree = ast.parse(self.path.read_text(encoding="utf-8"))
-        return hashlib.sha256("".join([_meaning(tree), *map(_meaning, _parts(tree))]).encode()).hexdigest()
+        files = [_meaning(tree), *map(_meaning, _parts(tree))]
+        return hashlib.sha256("".join(map(text, files)).encode()).hexdigest()
 
     def same_results(self) -> frozenset[str]:
         """Hashes of sources that make the same records: today's, and earlier ones that the file names."""
         return frozenset({self.source_sha256()}) | self.earlier_sources()
 
     def earlier_sources(self) -> frozenset[str]:
-        """Those that the file names by ``NAME.same_results = ("<hash>", ...)`` at its end.
+        """Those that the file names by ``NAME.same_results = ("<hash>", ...)`` at its end, and today's by the rule of
+        earlier records: of the text that Python writes for a tree, which its versions write differently.
 
         A switch that was added touches none of the runs without it, and they need not be made anew.
         """
         text = self.path.read_text(encoding="utf-8") if self.path is not None else ""
-        if "same_results" not in text:
-            return frozenset()
-        for node in ast.parse(text).body:
-            if isinstance(node, ast.Assign) and _is_table(node, ("same_results",)):
-                return self._hashes(node.value)
-        return frozenset()
+        named: frozenset[str] = frozenset()
+        if "same_results" in text:
+            for node in ast.parse(text).body:
+                if isinstance(node, ast.Assign) and _is_table(node, ("same_results",)):
+                    named = self._hashes(node.value)
+        return named | {self._hash(ast.unparse)}
 
     def _hashes(self, value: ast.expr) -> frozenset[str]:
         try:
@@ -120,8 +125,8 @@ class Source:
         return frozenset(hashes)
 
 
-def _meaning(tree: ast.Module) -> str:
-    """The source without what can't change a result. ``tree`` is changed."""
+def _meaning(tree: ast.Module) -> ast.Module:
+    """``tree`` without what can't change a result; it is changed."""
     tree.body = [node for node in tree.body if not _is_table(node, TABLES)]
     for node in ast.walk(tree):
         body = getattr(node, "body", None)
@@ -129,7 +134,17 @@ def _meaning(tree: ast.Module) -> str:
             value = body[0].value
             if isinstance(value, ast.Constant) and isinstance(value.value, str):
                 body[0] = ast.Expr(ast.Constant(...))
-    return ast.unparse(tree)
+    return tree
+
+
+def _tree_text(value: object) -> str:
+    """A tree as a text of its nodes; fields that are empty are left out, for newer versions of Python have more."""
+    if isinstance(value, ast.AST):
+        fields = [f"{name}={_tree_text(field)}" for name, field in ast.iter_fields(value) if field not in (None, [])]
+        return f"{type(value).__name__}({', '.join(fields)})"
+    if isinstance(value, list):
+        return f"[{', '.join(map(_tree_text, value))}]"
+    return repr(value)
 
 
 def _parts(tree: ast.Module) -> list[ast.Module]:
