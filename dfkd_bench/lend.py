@@ -16,9 +16,11 @@ from dfkd_bench.job import TeacherSpec
 from dfkd_bench.method import LabelledImages
 
 
-def training_data(dataset: DataSet, spec: TeacherSpec, root: Path | None, device: torch.device) -> LabelledImages:
-    """What the teacher was trained on; for controls only."""
-    return teachers.labelled(dataset, teachers.training_splits(spec), root, device)
+def training_data(
+    dataset: DataSet, spec: TeacherSpec, evaluate_on: data.Split, root: Path | None, device: torch.device
+) -> LabelledImages:
+    """What the teacher was trained on, without what the run is evaluated on; for controls only."""
+    return teachers.labelled(dataset, teachers.control_splits(spec, evaluate_on), root, device)
 
 
 def pool(

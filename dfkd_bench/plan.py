@@ -226,7 +226,7 @@ def _splits(jobs: Sequence[Job], missing: Sequence[TeacherSpec], found: Plugins)
         wanted.update(data.SPLITS)
     for job in jobs:
         if "training_data" in found.method(job.method).needs:
-            wanted.update(teachers.training_splits(job.teacher))
+            wanted.update(teachers.control_splits(job.teacher, job.evaluate_on))
     return [split for split in data.SPLITS if split in wanted]
 
 

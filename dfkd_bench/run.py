@@ -239,7 +239,9 @@ class _Run:
         needs, root, shape = method_class.needs, self.place.data_root, self.dataset.image_shape
         lent: dict[str, Any] = {}
         if "training_data" in needs:
-            lent["training_data"] = lend.training_data(self.dataset, self.job.teacher, root, self.device)
+            lent["training_data"] = lend.training_data(
+                self.dataset, self.job.teacher, self.job.evaluate_on, root, self.device
+            )
         if "unlabelled" in needs:
             lent["unlabelled"] = lend.pool(config.pool, self.dataset, root, self.device, self.found.datasets)
         if "initial_images" in needs and config.initial_images is not None:

@@ -132,9 +132,14 @@ def labelled(
 
 
 def training_splits(spec: TeacherSpec) -> tuple[Split, ...]:
-    """What the teacher was trained on, and so what the controls train on. Imported teachers saw everything."""
+    """What the teacher was trained on. Imported teachers saw everything."""
     with_validation = spec.recipe is None or spec.recipe.include_validation
     return ("train", "validation") if with_validation else ("train",)
+
+
+def control_splits(spec: TeacherSpec, evaluate_on: Split) -> tuple[Split, ...]:
+    """What the controls train on: what the teacher was trained on, but never what they are evaluated on."""
+    return tuple(split for split in training_splits(spec) if split != evaluate_on)
 
 
 def train(

@@ -12,6 +12,7 @@ from PIL import Image
 from dfkd_bench import data, lend, plugins
 from dfkd_bench.data import DataSet
 from dfkd_bench.errors import UserError
+from dfkd_bench.job import TeacherSpec
 from dfkd_bench.suite import expand, read_suite, suite_names, with_all
 
 CPU = torch.device("cpu")
@@ -131,3 +132,12 @@ def test_pixels_of_more_than_8_bits_are_refused(tmp_path: Path) -> None:
     Image.fromarray(np.zeros((8, 8), np.uint16)).save(tmp_path / "deep.tif")
     with pytest.raises(UserError, match=r"deep\.tif has pixels of mode 'I;16': expected 8-bit"):
         lend.folder_images(tmp_path, (1, 8, 8))
+
+
+@pytest.mark.parametrize(("evaluate_on", "images"), [("test", 1437), ("validation", 1197)])
+def test_controls_of_an_imported_teacher_never_train_on_what_they_are_evaluated_on(
+    evaluate_on: data.Split, images: int
+) -> None:
+    imported = TeacherSpec(model="convnet8", recipe=None, sha256="ab")
+    lent = lend.training_data(data.dataset("digits"), imported, evaluate_on, None, CPU)
+    assert len(lent.labels) == images

@@ -173,10 +173,14 @@ def test_the_recipe_decides_which_teacher_it_is(home: Path) -> None:
     assert len({teachers.folder(DIGITS, spec) for spec in (SPEC, other, seed)}) == 3
 
 
-def test_controls_see_what_the_teacher_saw() -> None:
+def test_controls_see_what_the_teacher_saw_and_never_what_they_are_evaluated_on() -> None:
     assert teachers.training_splits(SPEC) == ("train",)
     assert teachers.training_splits(TeacherSpec(model="convnet8")) == ("train", "validation")
-    assert teachers.training_splits(TeacherSpec(model="x", recipe=None, sha256="ab")) == ("train", "validation")
+    imported = TeacherSpec(model="x", recipe=None, sha256="ab")
+    assert teachers.training_splits(imported) == ("train", "validation")
+    assert teachers.control_splits(imported, "test") == ("train", "validation")
+    assert teachers.control_splits(imported, "validation") == ("train",)
+    assert teachers.control_splits(SPEC, "validation") == ("train",)
 
 
 @pytest.mark.parametrize("stop_after", [1, 2])
