@@ -46,7 +46,7 @@ def known_pool(
     if name.startswith(data.FOLDER_PREFIX):
         folder = Path(name.removeprefix(data.FOLDER_PREFIX)).expanduser()
         image_files(folder)
-        _refuse_own_images(name, folder.resolve(), dataset, root, extra)
+        _refuse_own_images(f"pool '{name}'", folder, dataset, root, extra)
         return folder
     other = data.dataset(name, root, extra)
     if other.name == dataset.name:
@@ -58,16 +58,30 @@ def known_pool(
     return other
 
 
+def initial_images(
+    name: str, dataset: DataSet, root: Path | None, extra: Mapping[str, DataSet] | None = None
+) -> Tensor:
+    """The images of a folder that were made for the teacher beforehand, uint8 [n, C, H, W].
+
+    Its own images are refused, as they are for pools: they would be training data under another name.
+    """
+    folder = Path(name).expanduser()
+    image_files(folder)
+    _refuse_own_images(f"initial_images '{name}'", folder, dataset, root, extra)
+    return folder_images(folder, dataset.image_shape)
+
+
 def _refuse_own_images(
-    name: str, folder: Path, dataset: DataSet, root: Path | None, extra: Mapping[str, DataSet] | None
+    what: str, folder: Path, dataset: DataSet, root: Path | None, extra: Mapping[str, DataSet] | None
 ) -> None:
     """``UserError``: the folder lies in one that holds the teacher's own images, or around it."""
+    folder = folder.resolve()
     for known in data.same_images(dataset, extra):
         for own in known.own_folders(root):
             inner, outer = sorted((folder, own.resolve()), key=lambda path: -len(path.parts))
             if inner.is_relative_to(outer):
                 raise UserError(
-                    f"pool '{name}' has images of {dataset.name}, the teacher's own data set: {own} belongs to "
+                    f"{what} has images of {dataset.name}, the teacher's own data set: {own} belongs to "
                     f"{known.name}; name a folder of other images"
                 )
 

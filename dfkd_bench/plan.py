@@ -252,7 +252,7 @@ def _needs_are_met(
         folder = job.config.get("initial_images") if "initial_images" in method.needs else None
         if folder is not None:
             try:
-                lend.folder_images(Path(folder), dataset.image_shape)
+                lend.initial_images(folder, dataset, root, found.datasets)
             except UserError as error:
                 raise UserError(f"{job.method}: {error}") from None
     wanted = needs.label_texts(jobs, found)

@@ -236,7 +236,7 @@ class _Run:
     # -- before the loop ------------------------------------------------------------------------------------------
 
     def _task(self, method_class: type[Method], config: Any, streams: dict[str, torch.Generator]) -> Task:
-        needs, root, shape = method_class.needs, self.place.data_root, self.dataset.image_shape
+        needs, root = method_class.needs, self.place.data_root
         lent: dict[str, Any] = {}
         if "training_data" in needs:
             lent["training_data"] = lend.training_data(
@@ -245,7 +245,8 @@ class _Run:
         if "unlabelled" in needs:
             lent["unlabelled"] = lend.pool(config.pool, self.dataset, root, self.device, self.found.datasets)
         if "initial_images" in needs and config.initial_images is not None:
-            lent["initial_images"] = lend.folder_images(Path(config.initial_images), shape).to(self.device)
+            first = lend.initial_images(config.initial_images, self.dataset, root, self.found.datasets)
+            lent["initial_images"] = first.to(self.device)
         padding, flip = self.dataset.image_shape[1] // 8, self.dataset.flip_keeps_class
 
         def augment(images: Tensor) -> Tensor:

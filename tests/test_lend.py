@@ -13,7 +13,8 @@ from dfkd_bench import data, lend, plugins
 from dfkd_bench.data import DataSet
 from dfkd_bench.errors import UserError
 from dfkd_bench.job import TeacherSpec
-from dfkd_bench.suite import expand, read_suite, suite_names, with_all
+from dfkd_bench.plan import get_ready, make_plan
+from dfkd_bench.suite import expand, make_suite, read_suite, suite_names, with_all
 
 CPU = torch.device("cpu")
 FOUND = plugins.discover()
@@ -102,6 +103,27 @@ def test_a_folder_with_the_teachers_images_is_no_pool(own: str, inside: str, tmp
     (images / "val_0.JPEG").touch()
     with pytest.raises(UserError, match=f"has images of {own}, .* belongs to tiny_imagenet"):
         lend.known_pool(f"folder:{tmp_path / inside}", data.dataset(own), tmp_path)
+
+
+@pytest.mark.parametrize("inside", [".", "tiny-imagenet-200", "tiny-imagenet-200/val/images"])
+def test_first_images_are_never_the_teachers_own(inside: str, tmp_path: Path) -> None:
+    images = tmp_path / "tiny-imagenet-200/val/images"
+    images.mkdir(parents=True)
+    (images / "val_0.JPEG").touch()
+    with pytest.raises(UserError, match=r"initial_images .* has images of tiny_imagenet, the teacher's own data set"):
+        lend.initial_images(str(tmp_path / inside), data.dataset("tiny_imagenet"), tmp_path)
+
+
+def test_first_images_from_the_teachers_own_folder_are_refused_before_the_runs(home: Path, tmp_path: Path) -> None:
+    for number in range(20):
+        place = tmp_path / "mine" / ("train", "test")[number % 2] / "ab"[number // 10]
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((8, 8), number, np.uint8)).save(place / f"{number}.png")
+    name, settings = f"folder:{tmp_path / 'mine'}", {"cmi.initial_images": str(tmp_path / "mine" / "train")}
+    suite = make_suite("t", "t", name, ["cmi"], "smoke", ["convnet8:convnet8"], (), settings=settings)
+    plan = make_plan(suite, FOUND, tmp_path, device="cpu")
+    with pytest.raises(UserError, match=r"cmi: initial_images .* has images of folder:.*, the teacher's own data set"):
+        get_ready(plan, FOUND)
 
 
 def test_a_folder_beside_the_teachers_images_is_a_pool(tmp_path: Path) -> None:
