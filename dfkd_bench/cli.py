@@ -14,6 +14,7 @@ from rich.text import Text
 
 from dfkd_bench import __version__, printing
 from dfkd_bench.errors import UserError, disk_error, unknown
+from dfkd_bench.once import looking_once
 from dfkd_bench.options import (
     DEFAULT_OUTPUT,
     AblationOptions,
@@ -65,7 +66,8 @@ def main() -> NoReturn:
     """The console script: one line for wrong input, never a traceback."""
     signal.signal(signal.SIGTERM, _terminated)
     try:
-        result = app(standalone_mode=False)  # typer.Exit does not come out of here: its code is returned
+        with looking_once():
+            result = app(standalone_mode=False)  # typer.Exit does not come out of here: its code is returned
         code = result if isinstance(result, int) else 0
         if code == EXIT_CTRL_C:  # newer versions of typer turn Ctrl-C into an exit code, too
             raise KeyboardInterrupt

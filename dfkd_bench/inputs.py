@@ -44,7 +44,8 @@ def _of_pool(name: str, found: Plugins) -> str | None:
 
 def _of_folder(folder: str) -> str | None:
     with contextlib.suppress(OSError):
-        return data.folder_digest(Path(folder).expanduser())
+        facts = data.folder_facts(Path(folder).expanduser())
+        return None if facts is None else facts.digest
     return None
 
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,6 +17,9 @@ from dfkd_bench.data import DataSet
 from dfkd_bench.errors import UserError
 from dfkd_bench.job import TeacherSpec
 from dfkd_bench.method import LabelledImages
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 
 def training_data(
@@ -43,9 +49,9 @@ def known_pool(
     name: str, dataset: DataSet, root: Path | None, extra: Mapping[str, DataSet] | None = None
 ) -> DataSet | Path:
     """The data set or folder that a pool's name means, before anything is read; a ``UserError`` if there is none."""
-    if name.startswith(data.FOLDER_PREFIX):
-        folder = Path(name.removeprefix(data.FOLDER_PREFIX)).expanduser()
-        image_files(folder)
+    folder = folder_of(name)
+    if folder is not None:
+        folder_facts(folder)
         _refuse_own_images(f"pool '{name}'", folder, dataset, root, extra)
         return folder
     other = data.dataset(name, root, extra)
@@ -66,7 +72,7 @@ def initial_images(
     Its own images are refused, as they are for pools: they would be training data under another name.
     """
     folder = Path(name).expanduser()
-    image_files(folder)
+    folder_facts(folder)
     _refuse_own_images(f"initial_images '{name}'", folder, dataset, root, extra)
     return folder_images(folder, dataset.image_shape)
 
@@ -86,41 +92,83 @@ def _refuse_own_images(
                 )
 
 
-def image_files(folder: Path) -> list[Path]:
-    """All images below ``folder`` in the order of their paths; none are a ``UserError``."""
+def folder_of(pool: str) -> Path | None:
+    """The folder that a pool's name means; None: it names a data set."""
+    prefix = data.FOLDER_PREFIX
+    return Path(pool.removeprefix(prefix)).expanduser() if pool.startswith(prefix) else None
+
+
+def folder_facts(folder: Path) -> data.FolderFacts:
+    """Number and digest of the images below ``folder``; none are a ``UserError``."""
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}")
-    files = data.images_below(folder)
-    if not files:
+    try:
+        facts = data.folder_facts(folder)
+    except OSError as error:
+        raise UserError(f"{error.filename} can't be read ({error.strerror}): replace or remove it") from None
+    if facts is None:
         raise UserError(f"there are no images ({', '.join(sorted(data.IMAGE_SUFFIXES))}) below {folder}")
-    return files
+    return facts
+
+
+class _Prepared(DataSet):
+    """A folder's images, prepared as a data set's are, without labels; the files are named as what they are."""
+
+    def prepared_files(self, split: data.Split) -> tuple[Path, ...]:
+        return tuple(self.folder / name for name in ("images.npy", "labels.npy", "index.json"))
 
 
 def folder_images(folder: Path, shape: tuple[int, int, int], resize: bool = False) -> Tensor:
-    """All images below ``folder`` in the order of their paths, uint8 [n, C, H, W].
+    """All images below ``folder`` in the order of their paths, uint8 [n, C, H, W], read-only.
 
     Gray becomes colour and colour gray. An image of another height or width is resized, or else a ``UserError``: what
-    was made for the teacher has its size.
+    was made for the teacher has its size. They are decoded once, into a file in the home: every run maps that one.
     """
+    folder = folder.expanduser()
+    facts = folder_facts(folder)
+
+    def read(_data: DataSet, _root: Path, _part: data.Part) -> data.RawData:
+        labels = np.zeros(facts.files, np.int64)
+        return data.RawData.of_files(data.images_below(folder), labels, partial(_decoded, shape=shape, resize=resize))
+
+    prepared = _Prepared(
+        name=f"images of {folder.resolve().name}",  # the digest tells it from others
+        title="",
+        num_classes=1,
+        names=("unknown",),
+        image_shape=shape,
+        mean=(),
+        std=(),
+        flip_keeps_class=False,
+        validation_size=0,
+        source="the user's own",
+        read=read,
+        version=f"1-{facts.digest[:16]}-{'x'.join(map(str, shape))}{'-resized' if resize else ''}",
+        sizes=(0, facts.files),
+        test_only=True,
+    )
+    return data.as_tensor(prepared.split("test").images)
+
+
+def _decoded(path: Path, shape: tuple[int, int, int], resize: bool) -> NDArray[np.uint8]:
+    """One image, uint8 [C, H, W]."""
     from PIL import Image
     from torchvision.transforms.functional import pil_to_tensor
 
-    images = []
-    for path in image_files(folder.expanduser()):
-        try:
-            with Image.open(path) as image:
-                data.refuse_deep_pixels(path, image.mode)
-                pixels = pil_to_tensor(image.convert("RGB" if shape[0] == 3 else "L"))
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path} can't be read as an image ({error}): replace or remove it") from None
-        if not resize and pixels.shape[1:] != shape[1:]:
-            (height, width), (wanted_height, wanted_width) = pixels.shape[1:], shape[1:]
-            raise UserError(
-                f"{path} is {width} pixels wide and {height} high, the images of the data set {wanted_width} and "
-                f"{wanted_height}: name a folder of images made for it"
-            )
-        images.append(fit(pixels.unsqueeze(0), shape))
-    return torch.cat(images)
+    try:
+        with Image.open(path) as image:
+            data.refuse_deep_pixels(path, image.mode)
+            pixels = pil_to_tensor(image.convert("RGB" if shape[0] == 3 else "L"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} can't be read as an image ({error}): replace or remove it") from None
+    if not resize and pixels.shape[1:] != shape[1:]:
+        (height, width), (wanted_height, wanted_width) = pixels.shape[1:], shape[1:]
+        raise UserError(
+            f"{path} is {width} pixels wide and {height} high, the images of the data set {wanted_width} and "
+            f"{wanted_height}: name a folder of images made for it"
+        )
+    found: NDArray[np.uint8] = fit(pixels.unsqueeze(0), shape)[0].numpy()
+    return found
 
 
 def fit(images: Tensor, shape: tuple[int, int, int]) -> Tensor:

@@ -239,13 +239,15 @@ def _needs_are_met(
 ) -> None:
     """What methods need beside the teacher is looked at before anything is trained. Label-text embeddings are made
     here, so that no text encoder is ever imported in a run."""
-    # A folder of images is read whole: once, and not for every seed and pair.
+    # Folders of images are decoded here, so that the runs only map what was decoded.
     for job in {(job.method, *map(str, job.config.items())): job for job in jobs}.values():
         method = found.method(job.method)
         if "unlabelled" in method.needs:
             try:
                 pool = lend.known_pool(job.config["pool"], dataset, root, found.datasets)
-                if not isinstance(pool, Path):
+                if isinstance(pool, Path):
+                    lend.folder_images(pool, dataset.image_shape, resize=True)
+                else:
                     pool.split("train", root)
             except UserError as error:
                 raise UserError(f"{job.method}: {error}") from None

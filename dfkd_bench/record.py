@@ -101,6 +101,15 @@ class DataFile(Frozen):
     phase: str
 
 
+class DataFolder(Frozen):
+    """A folder whose images the runner has lent to the method: one entry for all of them, and their digest."""
+
+    path: str
+    phase: Literal["runner"] = "runner"
+    files: int
+    digest: str
+
+
 class Record(Frozen):
     """Everything about one run. ``last`` is the headline; ``best`` is the best epoch *on the evaluated split*."""
 
@@ -122,7 +131,7 @@ class Record(Frozen):
     peak_memory: int | None = Field(None, description="bytes: GPU allocator, or resident memory on the CPU")
     scalars: dict[str, float | None] = {}  # the method's own, last epoch's mean
     diversity: dict[str, float | None] = {}  # of the images, see ``diversity.measure``; empty: not measured
-    files: tuple[DataFile, ...] = ()
+    files: tuple[DataFile | DataFolder, ...] = ()
     embeddings: dict[str, str] = {}  # encoder, model, revision, prompt, sha256 of the label-text embedding
     hardware: dict[str, str | int] = {}
     software: dict[str, str] = {}

@@ -6,7 +6,7 @@ import hashlib
 import math
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,10 +25,11 @@ from dfkd_bench.evaluate import evaluate, logits_of
 from dfkd_bench.job import Job
 from dfkd_bench.method import Method, Progress, Task
 from dfkd_bench.models import build_model
+from dfkd_bench.once import looking_once
 from dfkd_bench.optimise import build_optimizer, learning_rate, set_learning_rate
 from dfkd_bench.paths import data_root, home
 from dfkd_bench.pool import Pool
-from dfkd_bench.record import Counters, DataFile, MethodFacts, Outcome, Point, Record, Score, TeacherFacts
+from dfkd_bench.record import Counters, DataFile, DataFolder, MethodFacts, Outcome, Point, Record, Score, TeacherFacts
 from dfkd_bench.runfolder import STUDENT, RunFolder
 from dfkd_bench.teach import teaching
 from dfkd_bench.watch import FileWatch
@@ -73,7 +74,7 @@ def run(job: Job, place: Place, report: Callable[[EpochDone], None] = lambda don
     Raises ``Busy`` if another process has the run, ``UserError`` for what the user must put right first.
     """
     folder = RunFolder(job)
-    with folder.lease():
+    with folder.lease(), looking_once():
         found = plugins.discover(place.plugin_files)
         path = record.record_path(place.output, job)
         if path.is_file() and (made := record.read(path)).is_fresh(found.source(job.method).same_results()):
@@ -168,6 +169,7 @@ class _Run:
         self.compute.place(self.teacher.model)
         self.teach = teaching(self.teacher.model, self.compute)
         self.embeddings: dict[str, str] = {}
+        self.lent: dict[str, data.FolderFacts] = {}  # by the folder's path
         self.curve: list[Point] = []
         self.best: Score | None = None
         self.last: Score | None = None
@@ -223,7 +225,7 @@ class _Run:
             peak_memory=memory,
             scalars={name: _finite(value.item()) for name, value in bench.scalars.items()} if reason is None else {},
             diversity=measures,
-            files=tuple(DataFile(path=self._public(path), phase=phase) for path, phase in self.watch.files),
+            files=tuple(self._opened(path, phase) for path, phase in self.watch.files),
             embeddings=self.embeddings,
             hardware=hardware(self.device, self.place.workers),
             software=record.software(),
@@ -243,10 +245,12 @@ class _Run:
                 self.dataset, self.job.teacher, self.job.evaluate_on, root, self.device
             )
         if "unlabelled" in needs:
-            lent["unlabelled"] = lend.pool(config.pool, self.dataset, root, self.device, self.found.datasets)
+            with self._lending(lend.folder_of(config.pool)):
+                lent["unlabelled"] = lend.pool(config.pool, self.dataset, root, self.device, self.found.datasets)
         if "initial_images" in needs and config.initial_images is not None:
-            first = lend.initial_images(config.initial_images, self.dataset, root, self.found.datasets)
-            lent["initial_images"] = first.to(self.device)
+            with self._lending(Path(config.initial_images).expanduser()):
+                first = lend.initial_images(config.initial_images, self.dataset, root, self.found.datasets)
+                lent["initial_images"] = first.to(self.device)
         padding, flip = self.dataset.image_shape[1] // 8, self.dataset.flip_keeps_class
 
         def augment(images: Tensor) -> Tensor:
@@ -267,6 +271,22 @@ class _Run:
             label_embeddings=self._label_embeddings,
             **lent,
         )
+
+    @contextmanager
+    def _lending(self, folder: Path | None) -> Iterator[None]:
+        """Images of ``folder`` are lent inside: one entry in the record stands for all of them."""
+        if folder is None:
+            yield
+            return
+        with self.watch.lending(folder):
+            self.lent[str(folder.resolve())] = lend.folder_facts(folder)
+            yield
+
+    def _opened(self, path: str, phase: str) -> DataFile | DataFolder:
+        facts = self.lent.get(path) if phase == "runner" else None
+        if facts is None:
+            return DataFile(path=self._public(path), phase=phase)
+        return DataFolder(path=self._public(path), files=facts.files, digest=facts.digest)
 
     def _label_embeddings(self, encoder: str, prompt: str) -> Tensor:
         with self.watch.runner():  # a matrix of the user's (file:PATH) is no data file that the method opened

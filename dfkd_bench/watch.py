@@ -32,6 +32,7 @@ class FileWatch:
         self._ignored = _prefixes(ignored)
         self._phase = "runner"
         self._seen: dict[tuple[str, str], None] = {}
+        self._lent: list[tuple[str, str]] = []  # prefix of paths and what stands for them, of folders being lent
 
     @property
     def files(self) -> list[tuple[str, str]]:
@@ -53,6 +54,20 @@ class FileWatch:
         """What is opened inside was opened by the runner, even if a method asked for it."""
         with self._as("runner"):
             yield
+
+    @contextmanager
+    def lending(self, folder: Path) -> Iterator[None]:
+        """What the runner opens below ``folder`` inside is listed as that folder, once: it may hold a million images.
+
+        What a method opens there is listed file by file, as everywhere.
+        """
+        name = str(folder.resolve())
+        self._seen[(name, "runner")] = None  # even if a prepared copy is all that is opened
+        before, self._lent = self._lent, [*self._lent, *((prefix, name) for prefix in _prefixes([folder]))]
+        try:
+            yield
+        finally:
+            self._lent = before
 
     @contextmanager
     def _as(self, phase: str) -> Iterator[None]:
@@ -81,6 +96,8 @@ class FileWatch:
         if any(path.startswith(folder) for folder in self._ignored):
             return
         if _DATA.search(path) or any((path + os.sep).startswith(root) for root in self._roots):
+            if self._phase == "runner":
+                path = next((name for prefix, name in self._lent if path.startswith(prefix)), path)
             self._seen[(path, self._phase)] = None
 
 

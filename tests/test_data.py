@@ -27,8 +27,9 @@ import pytest
 from PIL import Image
 
 from dfkd_bench import class_names, data
-from dfkd_bench.data import DataSet, RawData, _fetch, _lock, _prepared, dataset, status, stratified
+from dfkd_bench.data import DataSet, RawData, _fetch, _folder, _lock, _prepared, dataset, status, stratified
 from dfkd_bench.errors import UserError
+from dfkd_bench.once import looking_once
 
 RNG = np.random.default_rng(0)
 DOWNLOAD = _fetch._download
@@ -687,6 +688,19 @@ def test_status_of_a_folder(own: Path) -> None:
     seen.append(status(name))
     shutil.rmtree(own / "train")
     assert [*seen, status(name)] == ["raw files found", "ready", f"missing: train and test in {own}"]
+
+
+def test_a_command_looks_at_a_folder_once(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    listed: list[Path] = []
+    contents = _folder._contents
+    monkeypatch.setattr(_folder, "_contents", lambda path: listed.append(path) or contents(path))
+    with looking_once():
+        found = [dataset(f"folder:{own}").version for _ in range(3)]
+        assert status(f"folder:{own}") == "raw files found"
+    assert len(set(found)) == len(listed) == 1
+    with looking_once():  # another command sees what has changed
+        save(own / "train" / "spoon" / "new.png", images_of(1, 6)[0])
+        assert dataset(f"folder:{own}").version != found[0]
 
 
 # --- folder:PATH with a dataset.json, and without training images -----------------------------------------------------

@@ -53,6 +53,19 @@ def test_a_folder_is_read_in_the_order_of_its_paths(tmp_path: Path) -> None:
     assert images.float().mean((1, 2, 3)).tolist() == pytest.approx([10, 20, 30], abs=1)
 
 
+def test_a_folder_is_decoded_once_and_mapped_from_then_on(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("b.png", 20), ("a.png", 10)):
+        Image.fromarray(np.full((16, 12), value, np.uint8)).save(tmp_path / name)
+    first = lend.folder_images(tmp_path, (3, 8, 8), resize=True)
+    monkeypatch.setattr(lend, "_decoded", None)
+    assert torch.equal(lend.folder_images(tmp_path, (3, 8, 8), resize=True), first)
+    monkeypatch.undo()
+    Image.fromarray(np.full((8, 8), 30, np.uint8)).save(tmp_path / "a.png")
+    assert lend.folder_images(tmp_path, (3, 8, 8), resize=True)[:, 0, 0, 0].tolist() == [30, 20]
+
+
 def test_an_empty_folder_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no images"):
         lend.folder_images(tmp_path, (1, 8, 8))

@@ -14,9 +14,11 @@ from dataclasses import replace
 from multiprocessing import forkserver
 from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from PIL import Image
 
 from dfkd_bench import data, plugins, teachers
 from dfkd_bench.checkpoint import load_tree, save_tree
@@ -26,7 +28,7 @@ from dfkd_bench.errors import UserError
 from dfkd_bench.job import Job
 from dfkd_bench.lease import Busy
 from dfkd_bench.paths import HOME_VARIABLE, home
-from dfkd_bench.record import Record, read, record_path
+from dfkd_bench.record import DataFolder, Record, read, record_path
 from dfkd_bench.run import EpochDone, Place, run, stream_seed
 from dfkd_bench.runfolder import RunFolder
 from dfkd_bench.suite import expand, make_suite
@@ -177,6 +179,29 @@ def test_only_test_files_are_opened_and_none_by_the_method(fresh: Path, tmp_path
 def test_controls_say_that_they_read_training_images(fresh: Path, tmp_path: Path) -> None:
     record = run_it("real_kd", tmp_path)
     assert "train-images.npy" in {Path(file.path).name for file in record.files}
+
+
+def test_a_folder_that_is_lent_is_one_entry_of_record_and_checkpoint(fresh: Path, tmp_path: Path) -> None:
+    pool = tmp_path / "pool"
+    pool.mkdir()
+    for number in range(20):
+        Image.fromarray(np.full((8, 8), number, np.uint8)).save(pool / f"{number}.png")
+    (job,) = jobs_of("ood_kd", pool=f"folder:{pool}")
+
+    def stop(done: EpochDone) -> None:
+        if done.epoch == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(job, Place(tmp_path, device="cpu"), stop)
+    saved = load_tree(RunFolder(job).path / "checkpoint" / "state.safetensors")
+    assert not [path for path, _ in saved["state"]["files"] if path.endswith(".png")]
+    written = read(record_path(tmp_path, run(job, Place(tmp_path, device="cpu")).job))
+    folders = [entry for entry in written.files if isinstance(entry, DataFolder)]
+    assert [(Path(entry.path).name, entry.files, entry.digest) for entry in folders] == [
+        ("pool", 20, job.inputs["pool"])
+    ]
+    assert not [entry for entry in written.files if entry.path.endswith(".png")]
 
 
 def test_a_method_that_opens_data_files_fails(fresh: Path, tmp_path: Path) -> None:

@@ -147,6 +147,18 @@ def test_what_the_runner_opens_for_a_method_is_the_runners(data: Path) -> None:
     assert names(watch) == [("a.npy", "runner"), ("b.png", "method")]
 
 
+def test_a_folder_that_the_runner_lends_is_one_entry_and_what_the_method_opens_there_is_not(data: Path) -> None:
+    watch = FileWatch(roots=[])
+    with watch.on():
+        with watch.lending(data):
+            (data / "a.npy").read_bytes()
+            (data / "b.png").read_bytes()
+            with watch.method():
+                (data / "b.png").read_bytes()
+        (data / "data_batch_1").read_bytes()
+    assert names(watch) == [("data", "runner"), ("b.png", "method"), ("data_batch_1", "runner")]
+
+
 def test_a_file_opened_twice_is_listed_once_a_phase(data: Path) -> None:
     watch = FileWatch(roots=[])
     with watch.on():

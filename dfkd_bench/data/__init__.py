@@ -21,10 +21,10 @@ from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
-from dfkd_bench.data._arrays import SPLITS, Arrays, Part, RawData, Split
+from dfkd_bench.data._arrays import SPLITS, Arrays, Part, RawData, Split, as_tensor
 from dfkd_bench.data._contract import fault
 from dfkd_bench.data._dataset import DataSet
-from dfkd_bench.data._digest import folder_digest
+from dfkd_bench.data._digest import FolderFacts, folder_facts
 from dfkd_bench.data._folder import FOLDER_PREFIX, image_folder, unmeasured_state
 from dfkd_bench.data._image_files import IMAGE_SUFFIXES, images_below, refuse_deep_pixels
 from dfkd_bench.data._raw import Raw
@@ -39,14 +39,16 @@ __all__ = [
     "VALIDATION_SEED",
     "Arrays",
     "DataSet",
+    "FolderFacts",
     "Part",
     "Raw",
     "RawData",
     "Split",
+    "as_tensor",
     "dataset",
     "dataset_names",
     "fault",
-    "folder_digest",
+    "folder_facts",
     "images_below",
     "refuse_deep_pixels",
     "same_images",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+    from torch import Tensor
 
     Images = NDArray[np.uint8]  # [n, C, H, W]
     Labels = NDArray[np.int64]  # [n]
@@ -25,10 +27,22 @@ BLOCK = 256  # images that are decoded and written at a time
 
 @dataclass(frozen=True, eq=False)
 class Arrays:
-    """One split, memory-mapped and read-only: copy before giving it to torch."""
+    """One split, memory-mapped and read-only; ``as_tensor`` gives it to torch."""
 
     images: Images  # uint8 [n, C, H, W]
     labels: Labels  # int64 [n], in the order of the source (often sorted by class)
+
+
+def as_tensor(array: NDArray) -> Tensor:
+    """The array as a tensor that shares its memory: a memory-mapped one stays on disk until its rows are read.
+
+    It is not to be written to.
+    """
+    import torch
+
+    with warnings.catch_warnings():  # torch warns of arrays that can't be written
+        warnings.simplefilter("ignore", UserWarning)
+        return torch.from_numpy(array)
 
 
 @dataclass(frozen=True, eq=False)

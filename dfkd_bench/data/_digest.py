@@ -6,10 +6,12 @@ import contextlib
 import hashlib
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from dfkd_bench.data._image_files import images_below
 from dfkd_bench.files import write_text
+from dfkd_bench.once import once
 from dfkd_bench.paths import home
 
 
@@ -41,10 +43,22 @@ def kept_digest(folder: Path, paths: Sequence[Path]) -> str | None:
     return text if re.fullmatch(r"[0-9a-f]{64}", text) else None
 
 
-def folder_digest(folder: Path) -> str | None:
-    """``digest_of`` all images below a folder; None: there are none."""
+@dataclass(frozen=True)
+class FolderFacts:
+    """What tells a folder of images from others: how many there are below it, and their digest."""
+
+    files: int
+    digest: str
+
+
+def folder_facts(folder: Path) -> FolderFacts | None:
+    """Number and ``digest_of`` all images below a folder; None: there are none."""
+    return once(("images below", folder.resolve(), home()), lambda: _folder_facts(folder))
+
+
+def _folder_facts(folder: Path) -> FolderFacts | None:
     files = images_below(folder) if folder.is_dir() else []
-    return digest_of(folder, files) if files else None
+    return FolderFacts(len(files), digest_of(folder, files)) if files else None
 
 
 def _kept(folder: Path, paths: Sequence[Path]) -> Path:

@@ -21,6 +21,8 @@ from dfkd_bench.data._stated import FILE as STATED_FILE
 from dfkd_bench.data._stated import Stated, stated
 from dfkd_bench.errors import UserError
 from dfkd_bench.files import write_text
+from dfkd_bench.once import is_kept, once
+from dfkd_bench.paths import home
 
 if TYPE_CHECKING:
     from dfkd_bench.data._arrays import Images
@@ -39,6 +41,15 @@ def image_folder(name: str) -> DataSet:
     from test/, and no teacher can be trained. ``UserError``: a folder is missing, or there are too few images.
     """
     path = Path(name.removeprefix(FOLDER_PREFIX)).expanduser()
+    return once(_key(path), lambda: _image_folder(name, path))
+
+
+def _key(path: Path) -> tuple[str, Path, Path]:
+    """What a folder's data set is kept under while a command runs."""
+    return ("image folder", path.resolve(), home())
+
+
+def _image_folder(name: str, path: Path) -> DataSet:
     known = stated(path)
     test_only = known.mean is not None and not (path / "train").exists()
     for part in ("test",) if test_only else get_args(Part):
@@ -86,6 +97,8 @@ def image_folder(name: str) -> DataSet:
 def unmeasured_state(name: str) -> str | None:
     """The state of a folder that was not measured yet, as ``status`` gives it; None: it was. Opens no image."""
     path = Path(name.removeprefix(FOLDER_PREFIX)).expanduser().resolve()
+    if is_kept(_key(path)):
+        return None
     wanted = ("test",) if (path / STATED_FILE).is_file() else get_args(Part)
     if any(not (path / part).is_dir() for part in wanted):
         return f"missing: {' and '.join(wanted)} in {path}"
