@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from dfkd_bench.ahead import Images, taken
 from dfkd_bench.augment import Normalize, to_unit
 
 
@@ -22,18 +23,18 @@ class Evaluation:
 
 
 @torch.no_grad()
-def logits_of(model: Callable[[Tensor], Tensor], images: Tensor, normalize: Normalize, batch_size: int = 512) -> Tensor:
+def logits_of(model: Callable[[Tensor], Tensor], images: Images, normalize: Normalize, batch_size: int = 512) -> Tensor:
     """fp32 logits [n, K] of uint8 images [n, C, H, W], in batches on the images' own device or the normaliser's."""
     device = normalize.mean.device
-    batches = [
-        model(normalize(to_unit(images[start : start + batch_size].to(device, non_blocking=True)))).float()
-        for start in range(0, images.shape[0], batch_size)
-    ]
-    return torch.cat(batches)
+    if isinstance(images, Tensor):
+        batches = iter(images.split(batch_size))
+    else:
+        batches = taken(images, torch.arange(len(images)).split(batch_size))
+    return torch.cat([model(normalize(to_unit(batch.to(device, non_blocking=True)))).float() for batch in batches])
 
 
 def evaluate(
-    student: nn.Module, images: Tensor, labels: Tensor, normalize: Normalize, teacher_classes: Tensor | None = None
+    student: nn.Module, images: Images, labels: Tensor, normalize: Normalize, teacher_classes: Tensor | None = None
 ) -> Evaluation:
     """Evaluate ``student`` (put into eval mode, its mode restored) on uint8 ``images`` and int64 ``labels``."""
     training = student.training

@@ -37,10 +37,13 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
+from dfkd_bench.augment import to_unit
 from dfkd_bench.losses import kl_divergence
 
 if TYPE_CHECKING:
+    from dfkd_bench.ahead import Images
     from dfkd_bench.augment import Normalize
+    from dfkd_bench.shuffle import Shuffle
 
 Origin = Literal["paper", "code", "third-party", "transferred", "ours"]
 """Where a set of hyper-parameters comes from. ``transferred``: a published set for another cell, used unchanged."""
@@ -70,10 +73,24 @@ class Classifier(Protocol):
 
 @dataclass(frozen=True)
 class LabelledImages:
-    """Real images, lent to controls: uint8 [n, C, H, W] on the task's device and int64 labels [n]."""
+    """Real images, lent to controls: uint8 [n, C, H, W], read-only, and int64 labels [n] on the task's device.
 
-    images: Tensor
+    Images that the device can't hold stay in host memory; batches come to the device either way.
+    """
+
+    images: Images  # ``images[rows]`` are on the device
     labels: Tensor
+
+    def draw(self, shuffle: Shuffle, size: int) -> tuple[Tensor, Tensor]:
+        """The next ``size`` images, float32 [b, C, H, W] in [0, 1], and labels that ``shuffle`` deals."""
+        count = len(self.labels)
+        if isinstance(self.images, Tensor):
+            rows = shuffle.next(count, size)
+            return to_unit(self.images[rows]), self.labels[rows]
+        shuffle.move(torch.device("cpu"))
+        rows = shuffle.next(count, size)
+        images = self.images.take(rows, shuffle.ahead(count, size))
+        return to_unit(images), self.labels[rows.to(self.labels.device)]
 
 
 @dataclass(frozen=True)

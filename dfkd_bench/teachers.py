@@ -19,10 +19,11 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from dfkd_bench import record
+from dfkd_bench.ahead import place, spare_memory, taken
 from dfkd_bench.augment import Normalize, random_crop_flip, to_unit
 from dfkd_bench.checkpoint import load_tree, random_state, restore_random_state, save_tree, seed_everything
 from dfkd_bench.compute import Compute, hardware
-from dfkd_bench.data import DataSet, Split
+from dfkd_bench.data import DataSet, Split, as_tensor
 from dfkd_bench.errors import UserError
 from dfkd_bench.evaluate import evaluate
 from dfkd_bench.job import Precision, Recipe, TeacherSpec, digest
@@ -122,13 +123,21 @@ def _copy(origin: Path, place: Path) -> None:
 
 
 def labelled(
-    dataset: DataSet, splits: tuple[Split, ...], root: Path | None, device: torch.device | str = "cpu"
+    dataset: DataSet,
+    splits: tuple[Split, ...],
+    root: Path | None,
+    device: torch.device | str = "cpu",
+    spare: Callable[[torch.device], int | None] = spare_memory,
 ) -> LabelledImages:
-    """The images and labels of the splits, one after the other, on ``device``."""
+    """The images and labels of the splits, one after the other.
+
+    Labels are on ``device``, and so are the images if there is room; else they stay in the prepared files, which are
+    mapped, and batches are brought from there. ``spare``: bytes that are free on the device now.
+    """
     parts = [dataset.split(split, root) for split in splits]
-    images = torch.cat([torch.from_numpy(part.images.copy()) for part in parts])
     labels = torch.cat([torch.from_numpy(part.labels.copy()) for part in parts])
-    return LabelledImages(images.to(device), labels.to(device))
+    images = place([as_tensor(part.images) for part in parts], torch.device(device), spare)
+    return LabelledImages(images, labels.to(device))
 
 
 def training_splits(spec: TeacherSpec) -> tuple[Split, ...]:
@@ -243,8 +252,8 @@ def _train_epoch(
     order = torch.randperm(len(data.labels), device=compute.device)
     batches = [rows for rows in order.split(recipe.batch_size) if len(rows) > 1]  # BatchNorm can't use a single image
     total = torch.zeros((), device=compute.device)
-    for rows in batches:
-        images = normalize(random_crop_flip(to_unit(data.images[rows]), padding, flip))
+    for rows, chosen in zip(batches, taken(data.images, batches), strict=True):
+        images = normalize(random_crop_flip(to_unit(chosen), padding, flip))
         with compute.autocast():
             logits = model(images)
         loss = F.cross_entropy(logits.float(), data.labels[rows])

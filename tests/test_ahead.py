@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from dfkd_bench.ahead import Ahead, _Lane, spare_memory
+from dfkd_bench.ahead import Ahead, HostImages, _Lane, place, spare_memory, taken
 from dfkd_bench.augment import to_uint8
+from dfkd_bench.method import LabelledImages, Method, Progress, Task
+from dfkd_bench.methods.real_kd import RealKD
+from dfkd_bench.methods.scratch import Scratch
 from dfkd_bench.pool import Pool
 from dfkd_bench.shuffle import Shuffle
 
@@ -34,6 +37,11 @@ BYTES = 4  # of an image
 def images(start: int, stop: int, device: torch.device = CPU) -> Tensor:
     """Images whose every pixel is their number / 255."""
     return (torch.arange(start, stop, device=device) / 255).view(-1, 1, 1, 1).expand(-1, *IMAGE)
+
+
+def stored(count: int) -> Tensor:
+    """Images as they are kept, whose every pixel is their number."""
+    return torch.arange(count, dtype=torch.uint8).view(-1, 1, 1, 1).repeat(1, *IMAGE)
 
 
 def stream(device: torch.device) -> torch.Generator:
@@ -94,6 +102,64 @@ def test_a_saved_pool_goes_on_in_host_memory(device: torch.device) -> None:
     assert other._host is not None
     for _ in range(2):  # the rest of the pass: the next one is up to the stream, which a checkpoint holds beside it
         assert torch.equal(other.draw(5), plain.draw(5))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("sizes", [(20,), (11, 9), (1, 17, 2)])
+def test_images_that_the_device_has_no_room_for_give_the_same_batches(
+    device: torch.device, sizes: tuple[int, ...]
+) -> None:
+    parts = stored(20).split(sizes)
+    there, here = place(parts, device, lambda _: 2 * BYTES * 20), place(parts, device, lambda _: 2 * BYTES * 20 - 1)
+    assert isinstance(there, Tensor)
+    assert isinstance(here, HostImages)
+    assert here.shape == there.shape
+    assert there.device == device
+    order = torch.randperm(20, device=device).split(6)
+    for batch, other in zip(taken(there, order), taken(here, order), strict=True):
+        assert torch.equal(batch, other)
+        assert batch.device == other.device
+    assert torch.equal(there[order[0]], here[order[0]])
+
+
+def test_a_single_part_is_not_copied_where_the_memory_is_the_hosts() -> None:
+    part = stored(20)
+    placed = place([part], CPU)
+    assert isinstance(placed, Tensor)
+    assert placed.data_ptr() == part.data_ptr()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("method", [RealKD, Scratch])
+def test_controls_have_the_same_batches_from_host_memory(
+    method: type[Method], device: torch.device, make_task: Callable[..., Task]
+) -> None:
+    parts, labels = stored(20).split((13, 7)), torch.arange(20, device=device)
+    placed = [place(parts, device, lambda _: None), place(parts, device, lambda _: 0)]
+    plain, other = (
+        method(
+            method.Config(),
+            make_task(
+                device=device,
+                rng=stream(device),
+                training_data=LabelledImages(lent, labels),
+                augment=lambda batch: batch,
+                normalize=lambda batch: batch,
+            ),
+        )
+        for lent in placed
+    )
+    pool, at = Pool(IMAGE, device, stream(device)), Progress(0, 0, 1, 0)
+    for size in (8, 8, 8, 20, 3, 41):  # passes end within batches
+        batch, same = plain.student_batch(pool, size, at), other.student_batch(pool, size, at)
+        assert torch.equal(batch.images, same.images)
+        assert batch.images.device == same.images.device
+        assert batch.images.shape[0] == size
+        for name, values in batch.extras.items():
+            assert torch.equal(values, same.extras[name])
+            assert values.tolist() == (255 * batch.images[:, 0, 0, 0]).round().int().tolist()
+    saved = [one.state_dict()["shuffle"] for one in (plain, other)]
+    assert torch.equal(saved[0]["order"], saved[1]["order"].to(device))
 
 
 def test_the_expected_batch_is_fetched_before_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

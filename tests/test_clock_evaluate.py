@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dfkd_bench import clock as clock_module
+from dfkd_bench.ahead import HostImages
 from dfkd_bench.augment import Normalize
 from dfkd_bench.clock import PHASES, Clock, peak_memory, total
 from dfkd_bench.evaluate import evaluate, expected_calibration_error, logits_of
@@ -183,6 +184,17 @@ def test_all_images_are_evaluated_in_batches() -> None:
     logits = logits_of(model, images, PLAIN, batch_size=4)
     assert model.batches == [4, 4, 3]
     torch.testing.assert_close(logits, images.flatten(1)[:, :3] / 255)
+
+
+def test_images_that_the_device_has_no_room_for_are_evaluated_alike() -> None:
+    images, labels = torch.randint(256, (11, 1, 2, 2), dtype=torch.uint8), torch.randint(3, (11,))
+    held, teacher = HostImages([images], torch.device("cpu")), torch.randint(3, (11,))
+    assert torch.equal(
+        logits_of(FirstPixels(), held, PLAIN, batch_size=4), logits_of(FirstPixels(), images, PLAIN, batch_size=4)
+    )
+    assert evaluate(FirstPixels(), held, labels, PLAIN, teacher) == evaluate(
+        FirstPixels(), images, labels, PLAIN, teacher
+    )
 
 
 def test_images_are_normalised() -> None:

@@ -11,6 +11,7 @@ import shutil
 import signal
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from multiprocessing import forkserver
 from pathlib import Path
 
@@ -273,6 +274,18 @@ def test_students_of_all_methods_start_alike() -> None:
     assert stream_seed(3, "student") == stream_seed(3, "student")
     assert stream_seed(3, "student") != stream_seed(4, "student")
     assert stream_seed(3, "student") != stream_seed(3, "pool")
+
+
+@pytest.mark.parametrize("method", ["fm", "real_kd", "scratch"])
+def test_same_bits_where_images_do_not_fit_on_the_device(
+    method: str, fresh: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = run_it(method, tmp_path / "a")
+    student = student_of(first)
+    monkeypatch.setattr(teachers, "labelled", partial(teachers.labelled, spare=lambda _: 0))
+    second = run_it(method, tmp_path / "b")
+    assert (second.last, second.diversity) == (first.last, first.diversity)
+    assert all(torch.equal(value, student[name]) for name, value in student_of(second).items())
 
 
 @pytest.mark.parametrize("method", ["nayer", "fm", "real_kd"])

@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from dfkd_bench import compute, plugins, teacher_commands, teachers
 from dfkd_bench.compute import Compute
-from dfkd_bench.data import DataSet, Part, RawData, dataset
+from dfkd_bench.data import Arrays, DataSet, Part, RawData, dataset
 from dfkd_bench.engines.local import TeacherTask, _teacher_child
 from dfkd_bench.errors import UserError
 from dfkd_bench.job import Recipe, TeacherSpec
@@ -181,6 +182,26 @@ def test_controls_see_what_the_teacher_saw_and_never_what_they_are_evaluated_on(
     assert teachers.control_splits(imported, "test") == ("train", "validation")
     assert teachers.control_splits(imported, "validation") == ("train",)
     assert teachers.control_splits(SPEC, "validation") == ("train",)
+
+
+def test_a_teacher_is_the_same_where_its_images_do_not_fit_on_the_device(
+    trained: Path, data_only: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(teachers, "labelled", partial(teachers.labelled, spare=lambda _: 0))
+    card = teachers.train(DIGITS, SPEC, Compute(CPU))
+    kept = next(trained.glob("teachers/digits/*"))
+    whole, other = weights_of(kept), weights_of(teachers.folder(DIGITS, SPEC))
+    assert all(torch.equal(value, other[name]) for name, value in whole.items())
+    assert card.accuracy == teachers.read_card(kept).accuracy
+
+
+def test_prepared_images_are_mapped_and_not_copied(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = DIGITS.split("train").images
+    monkeypatch.setattr(DataSet, "split", lambda *_: Arrays(opened, np.zeros(len(opened), np.int64)))
+    lent = teachers.labelled(DIGITS, ("train",), None).images
+    assert isinstance(lent, Tensor)
+    assert lent.data_ptr() == opened.ctypes.data
+    assert isinstance(opened, np.memmap)
 
 
 @pytest.mark.parametrize("stop_after", [1, 2])

@@ -122,7 +122,8 @@ class Bench:
     @property
     def held_out(self) -> Tensor:
         """The images of an evaluation, uint8 [n, C, H, W]."""
-        return self._run.held_out.images
+        images = self._run.held_out.images
+        return images if isinstance(images, Tensor) else images[torch.arange(len(images))]  # as the plain forms do
 
     def synthesis(self) -> None:
         """The runner's synthesis phase: one call of ``synthesize``, its images put into the pool."""
