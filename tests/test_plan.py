@@ -7,15 +7,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from dfkd_bench import data, plugins, record, teachers
 from dfkd_bench.engines import local
 from dfkd_bench.errors import UserError
 from dfkd_bench.job import Job
 from dfkd_bench.models import build_model
-from dfkd_bench.plan import Plan, carry_out, make_plan
+from dfkd_bench.plan import Plan, carry_out, get_ready, make_plan
 from dfkd_bench.plugins import Source
 from dfkd_bench.record import MethodFacts, Record, TeacherFacts
 from dfkd_bench.run import Place
@@ -216,3 +218,16 @@ def test_controls_on_real_images_are_refused_without_training_images(home: Path,
     suite = make_suite("test", "test", "tested", ["dafl"], pairs=["convnet8:convnet8"])
     with pytest.raises(UserError, match=r"test part only, and scratch, real_kd would learn .* --no-controls"):
         make_plan(suite, found, tmp_path, device="cpu")
+
+
+def test_a_folder_of_images_is_decoded_before_the_runs(engine: Engine, tmp_path: Path) -> None:
+    folder = tmp_path / "pool"
+    folder.mkdir()
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(folder / "0.png")
+    settings = {"ood_kd.pool": f"folder:{folder}"}
+    suite = make_suite("t", "t", "digits", ["ood_kd"], "smoke", ["convnet8:convnet8"], (), settings=settings)
+    get_ready(make_plan(suite, FOUND, tmp_path, device="cpu"), FOUND)
+    assert len(list((tmp_path / "home" / "data").glob("images_of_pool/*/images.npy"))) == 1
+    (folder / "1.png").write_bytes(b"nothing")
+    with pytest.raises(UserError, match=r"ood_kd: .*1\.png can't be read as an image"):
+        get_ready(make_plan(suite, FOUND, tmp_path, device="cpu"), FOUND)
