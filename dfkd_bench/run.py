@@ -23,6 +23,7 @@ from dfkd_bench.compute import Compute, hardware, prepare, resolve_device, set_t
 from dfkd_bench.errors import UserError, disk_error
 from dfkd_bench.evaluate import evaluate, logits_of
 from dfkd_bench.job import Job
+from dfkd_bench.lease import Busy
 from dfkd_bench.method import Method, Progress, Task
 from dfkd_bench.models import build_model
 from dfkd_bench.once import looking_once
@@ -71,7 +72,8 @@ def run(job: Job, place: Place, report: Callable[[EpochDone], None] = lambda don
     A failed run keeps its checkpoint: what was wrong may not have been the method, but memory or a network folder. A
     record that another process has made since the run was planned is returned as it is.
 
-    Raises ``Busy`` if another process has the run, ``UserError`` for what the user must put right first.
+    Raises ``Busy`` if another process has the run, or has taken it over meanwhile, ``UserError`` for what the user must
+    put right first.
     """
     folder = RunFolder(job)
     with folder.lease(), looking_once():
@@ -84,13 +86,15 @@ def run(job: Job, place: Place, report: Callable[[EpochDone], None] = lambda don
         started = record.now()
         try:
             result = _Run(job, place, found, folder).finish(report, started)
-        except (UserError, KeyboardInterrupt):
+        except (UserError, Busy, KeyboardInterrupt):
             raise
         except (Exception, SystemExit) as error:  # a method may call sys.exit
             if isinstance(error, OSError) and (problem := disk_error(error)):
                 raise problem from error
+            folder.check_lease()  # else the error may come from the other process's files
             folder.log(traceback.format_exc())
             result = failed(job, found, f"{type(error).__name__}: {_first_line(error)}", started)
+        folder.check_lease()
         record.write(place.output, result)
         if result.status != "failed":
             folder.forget_checkpoint()
@@ -197,6 +201,7 @@ class _Run:
                 self._train(bench, epoch, report)
                 self._refuse_data_files(method_class)
                 student = {name: tensor.cpu().contiguous() for name, tensor in bench.student.state_dict().items()}
+                self.folder.check_lease()
                 record.write_bytes(self.folder.path / STUDENT, safetensors.torch.save(student))
                 counters = Counters(images_made=bench.pool.made, **vars(bench.counts))
             memory = peak_memory(self.device)  # of the method, not of measuring

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from dfkd_bench.checkpoint import load_tree, save_tree
 from dfkd_bench.errors import UserError
 from dfkd_bench.job import Job
-from dfkd_bench.lease import held, is_stale
+from dfkd_bench.lease import Lease, held, is_stale
 from dfkd_bench.paths import home
 from dfkd_bench.pool import Pool
 from dfkd_bench.record import write_bytes, write_text
@@ -36,6 +36,7 @@ class RunFolder:
         self.path = home() / "runs" / job.id
         self._checkpoint = self.path / "checkpoint"
         self._stored = 0  # pool rows in the append-only files
+        self._lease: Lease | None = None
 
     @property
     def has_checkpoint(self) -> bool:
@@ -47,9 +48,16 @@ class RunFolder:
         (self.path / IMAGES).unlink(missing_ok=True)
         write_text(self.path / "job.json", self.job.model_dump_json(indent=1) + "\n")
 
-    def lease(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def lease(self) -> Iterator[None]:
         """Hold the run exclusively; raises ``Busy`` while another living process has it."""
-        return held(self.path / "lease", f"run {self.job.id}")
+        with held(self.path / "lease", f"run {self.job.id}") as self._lease:
+            yield
+
+    def check_lease(self) -> None:
+        """Raises ``Busy`` if another process has taken the run over: from then on its files are that one's alone."""
+        if self._lease is not None:
+            self._lease.check()
 
     @property
     def is_running(self) -> bool:
@@ -59,6 +67,7 @@ class RunFolder:
 
     def append_metrics(self, line: dict[str, Any]) -> None:
         """One JSON line an epoch, for people and tools that look in while it runs."""
+        self.check_lease()
         with (self.path / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(line) + "\n")
 
@@ -72,6 +81,7 @@ class RunFolder:
 
         In this order a crash in between leaves rows too many, which the next start cuts off, never too few.
         """
+        self.check_lease()
         self._checkpoint.mkdir(parents=True, exist_ok=True)
         new = pool.made - self._stored
         kinds = {"images": pool.images, **{f"extra-{name}": rows for name, rows in pool.extras.items()}}
@@ -112,6 +122,7 @@ class RunFolder:
 
     def keep_images(self, kept: dict[str, Tensor]) -> None:
         """Write images for the gallery (``diversity.keepsakes``)."""
+        self.check_lease()
         write_bytes(self.path / IMAGES, safetensors.torch.save(kept))
 
     def forget_checkpoint(self) -> None:

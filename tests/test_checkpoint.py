@@ -522,6 +522,21 @@ def test_which_leases_are_stale(folder: RunFolder, text: str, age: float, stale:
     assert is_stale(leave_lease(folder, text, age)) is stale
 
 
+@pytest.mark.parametrize("name", ["boot", "pids"])
+@pytest.mark.parametrize(("age", "stale"), [(0, False), (lease.STALE + 5, True)])
+def test_a_number_of_another_namespace_says_nothing(folder: RunFolder, name: str, age: float, stale: bool) -> None:
+    """Containers that share the host's network have its name, too, and process 4,000,000 of one is none of another."""
+    text = json.dumps(json.loads(owner(gone_process())) | lease._where() | {name: "another"})
+    assert is_stale(leave_lease(folder, text, age)) is stale
+
+
+def test_a_number_of_the_same_namespace_counts(folder: RunFolder) -> None:
+    with folder.lease():
+        text = (folder.path / "lease").read_text()
+    assert not is_stale(leave_lease(folder, text, lease.STALE + 5))
+    assert is_stale(leave_lease(folder, json.dumps(json.loads(text) | {"pid": gone_process()})))
+
+
 def test_a_lease_that_is_gone_can_be_taken(folder: RunFolder) -> None:
     assert is_stale(folder.path / "lease")
 
@@ -570,7 +585,64 @@ def test_of_two_that_find_a_lease_stale_one_gets_it(folder: RunFolder, monkeypat
         pass
 
 
+def test_a_lease_made_meanwhile_is_not_replaced_by_one_that_is_put_back(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = leave_lease(folder, owner(1, "of the second"))
+    rename = os.rename
+
+    def renamed(source: Path, target: Path) -> None:
+        rename(source, target)
+        if source == path:  # right then a third one takes it
+            leave_lease(folder, owner(1, "of the third"))
+
+    monkeypatch.setattr(os, "rename", renamed)
+    lease._remove(path, owner(1, "of the first"))
+    assert [file.name for file in folder.path.glob("lease*")] == ["lease"]
+    assert path.read_text() == owner(1, "of the third")
+
+
+def test_a_foreign_lease_is_put_back(folder: RunFolder) -> None:
+    path = leave_lease(folder, owner(1, "of the second"), age=5)
+    before = path.stat().st_mtime
+    lease._remove(path, owner(1, "of the first"))
+    assert [file.name for file in folder.path.glob("lease*")] == ["lease"]
+    assert (path.read_text(), path.stat().st_mtime) == (owner(1, "of the second"), before)
+
+
 def test_a_lease_that_another_has_taken_over_is_left_to_it(folder: RunFolder) -> None:
     with folder.lease():
         path = leave_lease(folder, owner(1, "another-host"))
     assert path.exists()
+
+
+def test_who_has_lost_the_lease_does_not_touch_the_new_one(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease, "HEARTBEAT", 0.01)
+    with folder.lease():
+        path = folder.path / "lease"
+        draft = path.with_name("draft")
+        draft.write_text(owner(1, "another-host"))
+        os.utime(draft, (0, 0))
+        os.replace(draft, path)
+        time.sleep(0.2)
+    assert path.stat().st_mtime == 0
+
+
+@pytest.mark.parametrize("taken", [True, False], ids=["by another", "and given back"])
+def test_who_has_lost_the_lease_writes_no_checkpoint(folder: RunFolder, taken: bool) -> None:
+    """After a minute without a sign of life the run is another one's, who appends to the same files."""
+    pool = new_pool()
+    add(pool, 3)
+    with folder.lease():
+        folder.save({"epoch": 1}, pool)
+        if taken:
+            leave_lease(folder, owner(1, "another-host"))
+        else:
+            (folder.path / "lease").unlink()
+        before = {path: path.read_bytes() for path in folder.path.rglob("*") if path.is_file()}
+        add(pool, 3)
+        with pytest.raises(Busy, match="taken over"):
+            folder.save({"epoch": 2}, pool)
+        with pytest.raises(Busy):
+            folder.append_metrics({"epoch": 1})
+    assert {path: path.read_bytes() for path in folder.path.rglob("*") if path.is_file()} == before

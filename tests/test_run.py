@@ -260,6 +260,23 @@ def test_a_run_that_somebody_else_has_is_left_alone(fresh: Path, tmp_path: Path)
         run(job, Place(tmp_path, device="cpu"))
 
 
+@pytest.mark.parametrize("fault", ["pass", "if at.epoch == 1: raise MemoryError"], ids=["no error", "error"])
+def test_a_run_that_was_taken_over_ends_without_a_record(fault: str, fresh: Path, tmp_path: Path) -> None:
+    files = (plugin(tmp_path, "noise", NOISE.format(fault)),)
+    (job,) = jobs_of("noise", files)
+    folder = RunFolder(job)
+
+    def take(done: EpochDone) -> None:
+        if done.epoch == 1:
+            (folder.path / "lease").write_text('{"host": "another-host", "pid": 1}')
+
+    with pytest.raises(Busy, match="taken over"):
+        run(job, Place(tmp_path, plugin_files=files, device="cpu"), take)
+    assert not record_path(tmp_path, job).exists()
+    assert not (folder.path / "log.txt").exists()
+    assert (folder.path / "lease").exists()
+
+
 @pytest.mark.parametrize("method", ["nayer", "fm"])
 def test_same_seed_same_bits(method: str, fresh: Path, tmp_path: Path) -> None:
     first = run_it(method, tmp_path / "a")
