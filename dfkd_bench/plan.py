@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -182,6 +182,8 @@ def carry_out(
                 path.unlink()
         jobs, shares = longest_first(jobs, found, dataset.num_classes)
         labels = [f"{job.method} seed {job.seed}" for job in jobs]
+        # What was to be done again has no record now: one that is there, failed or not, another task has made since.
+        place = replace(place, keep_failed=True)
         local.run_jobs(jobs, place, devices, _listener("runs", labels, shares, report))
     known = _known((item.job.method for item in plan.planned), found)
     paths = {item.job.id: (record.record_path(place.output, item.job), item.job.method) for item in plan.planned}

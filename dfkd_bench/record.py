@@ -150,10 +150,13 @@ class Record(Frozen):
         """Whether something else on the machine had the processor for more than a tenth of the headline time."""
         return self.processor_seconds is not None and self.processor_seconds < OWN_SHARE * self.total_seconds
 
+    def is_of_today(self, sources: Container[str]) -> bool:
+        """Whether it is of today's protocol and of the method's code with one of these hashes."""
+        return self.method.source_sha256 in sources and self.job.protocol_version == PROTOCOL_VERSION
+
     def is_fresh(self, sources: Container[str]) -> bool:
-        """Whether it is of today's protocol and of the method's code with one of these hashes, and no failure."""
-        today = self.method.source_sha256 in sources and self.job.protocol_version == PROTOCOL_VERSION
-        return today and self.status != "failed"
+        """Whether it is of today, and no failure."""
+        return self.is_of_today(sources) and self.status != "failed"
 
 
 def record_path(output: Path, job: Job) -> Path:

@@ -47,6 +47,7 @@ class Place:
     threads: int = 1
     workers: int = 1
     deterministic: bool = False
+    keep_failed: bool = False  # a failed record that is there already stands; else its job is run again
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,8 @@ def run(job: Job, place: Place, report: Callable[[EpochDone], None] = lambda don
     """Run ``job``, or go on with it, and write its record. An exception of the method becomes a failed record.
 
     A failed run keeps its checkpoint: what was wrong may not have been the method, but memory or a network folder. A
-    record that another process has made since the run was planned is returned as it is.
+    record that another process has made since the run was planned is returned as it is, a failed one if ``place`` says
+    so.
 
     Raises ``Busy`` if another process has the run, or has taken it over meanwhile, ``UserError`` for what the user must
     put right first.
@@ -79,8 +81,10 @@ def run(job: Job, place: Place, report: Callable[[EpochDone], None] = lambda don
     with folder.lease(), looking_once():
         found = plugins.discover(place.plugin_files)
         path = record.record_path(place.output, job)
-        if path.is_file() and (made := record.read(path)).is_fresh(found.source(job.method).same_results()):
-            return made
+        if path.is_file():
+            made, sources = record.read(path), found.source(job.method).same_results()
+            if made.is_of_today(sources) if place.keep_failed else made.is_fresh(sources):
+                return made
         folder.create()
         set_threads(place.threads)
         started = record.now()

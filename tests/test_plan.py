@@ -36,6 +36,7 @@ class Engine:
         self.datasets: dict[str, data.DataSet] = {}
         self.teachers: list[str] = []
         self.records: list[Path] = []
+        self.place: Place | None = None
 
     def train_teachers(self, tasks: Sequence[local.TeacherTask], *_: Any) -> None:
         self.teachers = [task.spec.model for task in tasks]
@@ -55,6 +56,7 @@ class Engine:
             teachers._keep(teachers.folder(dataset, task.spec), model, card)
 
     def run_jobs(self, jobs: Sequence[Job], place: Place, *_: Any) -> None:
+        self.place = place
         self.records = sorted(place.output.glob("records/*/*/*.json"))
 
 
@@ -116,6 +118,16 @@ def test_a_record_that_another_command_has_made_meanwhile_stays(
     path = record.write(tmp_path, made(item.job, FOUND.source("dafl").source_sha256()))
     carry_out(looked_at, FOUND, Place(tmp_path), ["cpu"], ("failed", "stale"))
     assert engine.records == [path]
+
+
+@pytest.mark.parametrize("rerun", [(), ("failed",)])
+def test_a_failure_of_another_task_is_not_repeated(rerun: tuple[str, ...], engine: Engine, tmp_path: Path) -> None:
+    looked_at = planned(tmp_path)
+    path = record.write(tmp_path, made(looked_at.planned[0].job, "", status="failed"))
+    carry_out(looked_at, FOUND, Place(tmp_path), ["cpu"], rerun)
+    assert engine.records == [path]
+    assert engine.place is not None
+    assert engine.place.keep_failed
 
 
 def test_no_teacher_is_missing_for_runs_that_are_not_done_again(engine: Engine, tmp_path: Path) -> None:

@@ -382,6 +382,19 @@ def test_a_record_that_another_command_has_made_meanwhile_is_taken(fresh: Path, 
     assert (again, epochs) == (made, [])
 
 
+@pytest.mark.parametrize(("edited", "repeated"), [(False, False), (True, True)])
+def test_a_failed_record_that_another_task_has_made_meanwhile_stands(
+    edited: bool, repeated: bool, fresh: Path, tmp_path: Path
+) -> None:
+    """Each task of an array did every failed run once more."""
+    path = plugin(tmp_path, "failing", FAILING)
+    made = run_it("failing", tmp_path, (path,))
+    if edited:  # then it is no failure of today's code
+        path.write_text(FAILING.replace("no luck", "no luck again"))
+    again = run(made.job, Place(tmp_path, plugin_files=(path,), device="cpu", keep_failed=True))
+    assert (again != made) is repeated
+
+
 def test_the_record_is_of_the_code_that_ran(fresh: Path, tmp_path: Path) -> None:
     path = plugin(tmp_path, "noise", NOISE.format("pass"))
     before = plugins.discover((path,)).source("noise").source_sha256()
