@@ -186,13 +186,21 @@ class Plugins:
     broken: Mapping[str, str] = field(default_factory=dict)
 
     def source(self, name: str) -> Source:
-        """The source of a method; a misspelt name gets the nearest one, an unavailable method its reason."""
+        """The source of a method; a misspelt name gets the nearest one, an unavailable method its reason.
+
+        What its ``CARD`` calls outside knowledge goes into every record, so it is looked at before anything runs.
+        """
         if name not in self.methods:
             missing = unavailable().get(name.lower().replace("-", "_"))
             if missing is not None:
                 raise UserError(f"method '{name}' is known, but not available: {missing['reason']}")
             raise unknown("method", name, self.methods, "`dfkd-bench list methods` shows them")
-        return self.methods[name]
+        source = self.methods[name]
+        knowledge = source.card().get("knowledge", "")
+        if not isinstance(knowledge, str):
+            at = f"method '{name}' ({source.describe()}): CARD['knowledge']"
+            raise UserError(f"{at} {_what(knowledge)}, expected what the method knows beside the teacher, in words")
+        return source
 
     def method(self, name: str) -> type[Method]:
         """The class of a method: its module is imported now. One that asks for training data must be a control."""

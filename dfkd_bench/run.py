@@ -87,7 +87,7 @@ def run(job: Job, place: Place, report: Callable[[EpochDone], None] = lambda don
                 return made
         folder.create()
         set_threads(place.threads)
-        started = record.now()
+        started, facts = record.now(), _method_facts(found.source(job.method))
         try:
             result = _Run(job, place, found, folder).finish(report, started)
         except (UserError, Busy, KeyboardInterrupt):
@@ -97,7 +97,7 @@ def run(job: Job, place: Place, report: Callable[[EpochDone], None] = lambda don
                 raise problem from error
             folder.check_lease()  # else the error may come from the other process's files
             folder.log(traceback.format_exc())
-            result = failed(job, found, f"{type(error).__name__}: {_first_line(error)}", started)
+            result = failed(job, found, f"{type(error).__name__}: {_first_line(error)}", started, facts)
         folder.check_lease()
         record.write(place.output, result)
         if result.status != "failed":
@@ -105,16 +105,30 @@ def run(job: Job, place: Place, report: Callable[[EpochDone], None] = lambda don
     return result
 
 
-def failed(job: Job, found: plugins.Plugins, reason: str, started: str = "") -> Record:
-    """The record of a job that ended in an error: a row in the table, never a silent gap."""
-    source = found.source(job.method)
+def failed(
+    job: Job, found: plugins.Plugins, reason: str, started: str = "", facts: MethodFacts | None = None
+) -> Record:
+    """The record of a job that ended in an error: a row in the table, never a silent gap.
+
+    The method's file may have been edited meanwhile, or be gone, which must not hide the error. ``facts``: of the code
+    that ran, where they are known.
+    """
+    source = found.methods[job.method]
+    knowledge = source.card().get("knowledge")
+    if facts is None:
+        try:
+            facts = _method_facts(source)
+        except (OSError, SyntaxError, ValueError):
+            facts = MethodFacts(
+                origin=source.kind, distribution=source.distribution, version=source.version, source_sha256=""
+            )
     return Record(
         job_id=job.id,
         job=job,
         status="failed",
         reason=reason,
-        method=_method_facts(source),
-        knowledge=source.card().get("knowledge", "not stated"),
+        method=facts,
+        knowledge=knowledge if isinstance(knowledge, str) else "not stated",
         software=record.software(),
         git=record.git_state(),
         started=started,
@@ -162,7 +176,9 @@ class _Run:
         prepare(self.device, place.deterministic)
         self.compute = Compute(self.device, job.precision)
         self.clock = Clock(self.device)
-        self.facts = _method_facts(found.source(job.method))  # of the code that runs, whatever is edited meanwhile
+        source = found.source(job.method)
+        self.facts = _method_facts(source)  # of the code that runs, whatever is edited meanwhile
+        self.card = source.card()  # likewise
         self.dataset = data.dataset(job.dataset, place.data_root, found.datasets)
         self.normalize = Normalize(self.dataset.mean, self.dataset.std, self.device)
         # The run's own files and the teacher's weights are no data.
@@ -188,9 +204,11 @@ class _Run:
 
     def finish(self, report: Callable[[EpochDone], None], started: str) -> Record:
         """All that is left of the run."""
-        source = self.found.source(self.job.method)
         method_class = self.found.method(self.job.method)
         config = method_class.Config(**self.job.config)
+        knowledge = method_class.outside_knowledge(config) or self.card.get("knowledge", "not stated")
+        if not isinstance(knowledge, str):  # now, not in the record after all epochs
+            raise TypeError(f"outside_knowledge returned a {type(knowledge).__name__}, expected a text or None")
         streams = {
             name: torch.Generator(self.device).manual_seed(stream_seed(self.job.seed, name))
             for name in ("pool", "augment", "method")
@@ -218,7 +236,7 @@ class _Run:
             reason=reason,
             outcome=self.outcome,
             method=self.facts,
-            knowledge=method_class.outside_knowledge(config) or source.card().get("knowledge", "not stated"),
+            knowledge=knowledge,
             teacher=TeacherFacts(
                 model=self.teacher.card.model,
                 accuracy=self.teacher.card.accuracy.get(self.job.evaluate_on),

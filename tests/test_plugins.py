@@ -353,6 +353,19 @@ def test_a_card_that_is_no_literal_dictionary_is_empty(text: str, write: Callabl
     assert source_of(write("a", text)).card() == {}
 
 
+@pytest.mark.parametrize(("value", "words"), [("['none']", "is of type list"), ("None", "is of type NoneType")])
+def test_knowledge_that_is_no_text_is_one_line(value: str, words: str, write: Callable[[str, str], Path]) -> None:
+    """It goes into the record, which failed after all epochs."""
+    path = write("my_method", METHOD.replace('"pool"', f'"pool", "knowledge": {value}'))
+    with pytest.raises(UserError) as caught:
+        discover([path]).source("my_method")
+    line = str(caught.value)
+    assert line == (
+        f"method 'my_method' (file {path}): CARD['knowledge'] {words}, expected what the method knows beside the "
+        "teacher, in words"
+    )
+
+
 def test_a_card_may_have_a_type(write: Callable[[str, str], Path]) -> None:
     assert source_of(write("a", "CARD: dict[str, str]\nCARD: dict[str, str] = {'title': 'x'}")).card() == {"title": "x"}
 

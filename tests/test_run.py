@@ -30,7 +30,7 @@ from dfkd_bench.job import Job
 from dfkd_bench.lease import Busy
 from dfkd_bench.paths import HOME_VARIABLE, home
 from dfkd_bench.record import DataFolder, Record, read, record_path
-from dfkd_bench.run import EpochDone, Place, run, stream_seed
+from dfkd_bench.run import EpochDone, Place, failed, run, stream_seed
 from dfkd_bench.runfolder import RunFolder
 from dfkd_bench.suite import expand, make_suite
 
@@ -402,6 +402,34 @@ def test_the_record_is_of_the_code_that_ran(fresh: Path, tmp_path: Path) -> None
     place = Place(tmp_path, plugin_files=(path,), device="cpu")
     record = run(job, place, lambda done: path.write_text(NOISE.format("edited = True")) and None)
     assert record.method.source_sha256 == before
+
+
+@pytest.mark.parametrize("edited", [NOISE + "\nCARD = {{'knowledge': 5}}", "def (:", None])
+def test_an_error_is_recorded_whatever_has_become_of_the_file(edited: str | None, fresh: Path, tmp_path: Path) -> None:
+    path = plugin(tmp_path, "failing", FAILING)
+    found = plugins.discover((path,))
+    before = found.source("failing").source_sha256()
+    (job,) = jobs_of("failing", (path,))
+
+    def edit(done: EpochDone) -> None:
+        if edited is None:
+            path.unlink(missing_ok=True)
+        else:
+            path.write_text(edited.format("pass") if "CARD" in edited else edited)
+
+    record = run(job, Place(tmp_path, plugin_files=(path,), device="cpu"), edit)
+    assert (record.reason, record.method.source_sha256) == ("ZeroDivisionError: no luck", before)
+    assert failed(job, found, "it died").knowledge == "not stated"
+
+
+def test_knowledge_of_the_wrong_type_fails_before_the_work(fresh: Path, tmp_path: Path) -> None:
+    says = "    def outside_knowledge(config): return ['none']\n"
+    text = NOISE.format("pass").replace("    def syn", f"    @staticmethod\n{says}    def syn")
+    files, epochs = (plugin(tmp_path, "noise", text),), list[int]()
+    (job,) = jobs_of("noise", files)
+    record = run(job, Place(tmp_path, plugin_files=files, device="cpu"), lambda done: epochs.append(done.epoch))
+    assert record.reason == "TypeError: outside_knowledge returned a list, expected a text or None"
+    assert epochs == []
 
 
 def test_kill_9_loses_at_most_one_epoch(fresh: Path, tmp_path: Path) -> None:
