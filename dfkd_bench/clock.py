@@ -62,7 +62,11 @@ class Clock:
         return self._processor
 
     def resume(self, seconds: Mapping[str, float], processor: float | None = None) -> None:
-        """Go on from the time already spent before an interruption; None: nobody knows its processor time."""
+        """Go on from the time already spent before an interruption; None: nobody knows its processor time.
+
+        Set-up, which every process does, counts once: what this one's has taken, settled or not, is forgotten.
+        """
+        self._events.clear()
         self._seconds.update(seconds)
         self._processor = processor
 

@@ -134,6 +134,7 @@ class Record(Frozen):
     files: tuple[DataFile | DataFolder, ...] = ()
     embeddings: dict[str, str] = {}  # encoder, model, revision, prompt, sha256 of the label-text embedding
     hardware: dict[str, str | int] = {}
+    earlier_hardware: tuple[dict[str, str | int], ...] = ()  # of a resumed run's other machines, or shares of one
     software: dict[str, str] = {}
     git: dict[str, str | bool] = {}
     resumes: int = 0
@@ -144,6 +145,11 @@ class Record(Frozen):
     def total_seconds(self) -> float:
         """Headline time: all phases but evaluation and measuring."""
         return total(self.seconds)
+
+    @property
+    def machines(self) -> tuple[dict[str, str | int], ...]:
+        """All that took part, the last one at the end: with more than one, times are those of neither."""
+        return (*self.earlier_hardware, self.hardware)
 
     @property
     def was_slowed(self) -> bool:

@@ -198,6 +198,8 @@ class _Run:
         self.best: Score | None = None
         self.last: Score | None = None
         self.resumes = 0
+        self.earlier_hardware: list[dict[str, str | int]] = []
+        self.earlier_peak = 0
         self.synthesizing = False
         self.measuring = False
         self.outcome: Outcome | None = None
@@ -226,9 +228,10 @@ class _Run:
                 self.folder.check_lease()
                 record.write_bytes(self.folder.path / STUDENT, safetensors.torch.save(student))
                 counters = Counters(images_made=bench.pool.made, **vars(bench.counts))
-            memory = peak_memory(self.device)  # of the method, not of measuring
+            memory = self._peak()  # of the method, not of measuring
             if reason is None:
                 measures = self._measure(bench, task)
+        machine = self._hardware()
         return Record(
             job_id=self.job.id,
             job=self.job,
@@ -254,7 +257,8 @@ class _Run:
             diversity=measures,
             files=tuple(self._opened(path, phase) for path, phase in self.watch.files),
             embeddings=self.embeddings,
-            hardware=hardware(self.device, self.place.workers),
+            hardware=machine,
+            earlier_hardware=tuple(other for other in self.earlier_hardware if other != machine),
             software=record.software(),
             git=record.git_state(),
             resumes=self.resumes,
@@ -502,6 +506,8 @@ class _Run:
             "last": None if self.last is None else self.last.model_dump(),
             "files": [list(pair) for pair in self.watch.files],
             "resumes": self.resumes,
+            "hardware": [*(other for other in self.earlier_hardware if other != self._hardware()), self._hardware()],
+            "peak_memory": self._peak(),
         }
         self.folder.save(state, bench.pool)
 
@@ -523,9 +529,18 @@ class _Run:
         self.clock.resume(state["seconds"], state.get("processor"))
         self.watch.recall([(path, phase) for path, phase in state["files"]])
         self.resumes = state["resumes"] + 1
+        self.earlier_hardware = state.get("hardware", [])  # not in checkpoints of earlier versions
+        self.earlier_peak = state.get("peak_memory", 0)
         restore_random_state(state["random"], self.device)
         epoch: int = state["epoch"]
         return epoch
+
+    def _hardware(self) -> dict[str, str | int]:
+        return hardware(self.device, self.place.workers)
+
+    def _peak(self) -> int:
+        """Peak memory of all processes of the run so far [bytes]."""
+        return max(self.earlier_peak, peak_memory(self.device))
 
     def _made_by(self) -> dict[str, str]:
         """What a checkpoint can't do without: going on with anything else would be another run."""

@@ -334,6 +334,16 @@ def test_times_of_different_machines_decide_nothing() -> None:
     assert compare(a, b, kind="equal", margin=1.0).outcome == "supported"
 
 
+def test_times_that_two_machines_made_decide_nothing() -> None:
+    """Also if both runs are of the same two."""
+    other = {"device": "cpu", "cpu": "Another CPU", "threads": 1, "workers": 1}
+    a, b = (accuracies(label, (90, 90), seconds=s, earlier_hardware=(other,)) for label, s in (("a", 1.0), ("b", 9.0)))
+    found = compare(a, b, measure="seconds")
+    assert found.outcome == "undecided"
+    assert any("different machines" in remark for remark in found.remarks)
+    assert compare(a, b, kind="equal", margin=1.0).outcome == "supported"
+
+
 # --- Files ------------------------------------------------------------------------------------------------------------
 
 ROWS = 'title = "t"\nrows = [{ label = "x", method = "nayer" }, { label = "y", method = "fm" }]\n'

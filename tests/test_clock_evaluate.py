@@ -85,6 +85,22 @@ def test_processor_time_is_that_of_the_phases_that_count(
     assert (before.processor, after.processor) == (3, 7)
 
 
+def test_set_up_of_a_resumed_run_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU, too, where the new process's set-up is not settled yet when the old one's time comes back."""
+    event = types.SimpleNamespace(record=lambda stream=None: None, elapsed_time=lambda other: 3000.0)
+    monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    clock = Clock(torch.device("cuda"))
+    with clock.phase("setup"):
+        pass
+    clock.resume({"setup": 2.0, "synthesis": 4.0})
+    with clock.phase("synthesis"):
+        pass
+    found = clock.settle()
+    assert (found["setup"], found["synthesis"]) == (2.0, 7.0)
+
+
 def test_processor_time_that_nobody_knows_stays_unknown() -> None:
     clock = Clock(CPU)
     clock.resume({"synthesis": 4.0})

@@ -421,6 +421,15 @@ def test_different_hardware_is_noted() -> None:
     assert noted(table, "times come from different hardware")
 
 
+def test_a_run_that_two_machines_made_is_noted() -> None:
+    """Its seconds are of neither, and no other run need be of another machine for that."""
+    other: dict[str, Any] = {"device": "cpu", "cpu": "Another CPU", "cores": 2, "threads": 2, "workers": 2}
+    table = cifar10(*(cifar_run(name, earlier_hardware=(other,)) for name in ("fm", "nayer")))
+    assert noted(table, "times come from different hardware")
+    assert noted(table, "hardware").startswith("hardware: Another CPU, 2 cores, 2 threads a run; Example CPU, 2 cores")
+    assert row(table, "fm").marks == "‡"
+
+
 def test_students_that_got_more_images_are_named() -> None:
     counts = {"fm": 1000, "nayer": 1000, "cmi": 2000, "dafl": 1010}
     runs = [cifar_run(name).model_copy(update={"counters": Counters(student_images=n)}) for name, n in counts.items()]

@@ -366,6 +366,39 @@ def test_a_checkpoint_of_another_device_is_kept_and_told(fresh: Path, tmp_path: 
     assert RunFolder(job).has_checkpoint
 
 
+def change_state(job: Job, **changes: object) -> None:
+    path = RunFolder(job).path / "checkpoint" / "state.safetensors"
+    saved = load_tree(path)
+    saved["state"] |= changes
+    save_tree(path, saved)
+
+
+def test_a_run_that_goes_on_elsewhere_names_both_machines_and_the_higher_peak(fresh: Path, tmp_path: Path) -> None:
+    job, place = interrupted(tmp_path)
+    (here,) = load_tree(RunFolder(job).path / "checkpoint" / "state.safetensors")["state"]["hardware"]
+    other = here | {"cpu": "Another CPU"}
+    change_state(job, hardware=[other], peak_memory=10**15)
+    record = run(job, place)
+    assert (record.earlier_hardware, record.hardware, record.peak_memory) == ((other,), here, 10**15)
+
+
+def test_a_run_that_goes_on_on_the_same_machine_has_one(fresh: Path, tmp_path: Path) -> None:
+    job, place = interrupted(tmp_path)
+    record = run(job, place)
+    assert (record.resumes, record.earlier_hardware) == (1, ())
+
+
+def test_a_checkpoint_that_names_no_machine_is_gone_on_with(fresh: Path, tmp_path: Path) -> None:
+    """Those of earlier versions."""
+    job, place = interrupted(tmp_path)
+    path = RunFolder(job).path / "checkpoint" / "state.safetensors"
+    saved = load_tree(path)
+    del saved["state"]["hardware"], saved["state"]["peak_memory"]
+    save_tree(path, saved)
+    record = run(job, place)
+    assert (record.status, record.resumes, record.earlier_hardware) == ("done", 1, ())
+
+
 def test_a_failed_run_goes_on_where_it_failed(fresh: Path, tmp_path: Path) -> None:
     once = "if at.epoch == 1 and not vars(type(self)).get('failed'): type(self).failed = True; raise MemoryError"
     files = (plugin(tmp_path, "unlucky", NOISE.format(once)),)

@@ -27,7 +27,7 @@ from dfkd_bench.report.layout import (
     slowed_note,
 )
 from dfkd_bench.report.published import rows as published_rows
-from dfkd_bench.report.verdicts import RULE, Comparison, Effect, Finding, judge, level_in, machine, measured, scored
+from dfkd_bench.report.verdicts import RULE, Comparison, Effect, Finding, judge, level_in, machines, measured, scored
 
 UNITS: Mapping[Measure, str] = {
     "accuracy": "%",
@@ -280,8 +280,8 @@ def _notes(
     teacher = next((record.teacher for record in records if record.teacher), None)
     if teacher is not None:
         yield f"teacher: {teacher.percent}, sha256 {teacher.sha256[:12]}, {teacher.origin}"
-    machines = sorted({machine(record) for record in records if record.hardware})
-    yield f"hardware: {'; '.join(machines)}"
+    known = sorted(set().union(*(machines(record) for record in records if record.hardware)))
+    yield f"hardware: {'; '.join(known)}"
     yield "last epoch: mean ± half-width of the Student-t 95 % interval over n seeds, none at n = 1"
     yield TIMES_NOTE
     measures = {*(claim.measure for claim in ablation.claims), *ablation.columns}
@@ -304,7 +304,7 @@ def _notes(
         yield f"{UNCONFIRMED} details not confirmed: parts of the method are our reading of it"
     if CONCURRENT in marks:
         yield f"{CONCURRENT} made by several concurrent workers: times are not comparable with exclusive runs"
-    if len(machines) > 1:
+    if len(known) > 1:
         yield "times come from different hardware and are not comparable"
     yield from slowed_note({one.row.label: one.records for one in results})
     sources: dict[str, set[str]] = {}

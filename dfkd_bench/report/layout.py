@@ -193,7 +193,7 @@ def _marks(one: Group) -> str:
 
 
 def _concurrent(record: Record) -> bool:
-    return int(record.hardware.get("workers", 1)) > 1
+    return any(int(facts.get("workers", 1)) > 1 for facts in record.machines)
 
 
 def _remarks(one: Group) -> Iterable[str]:
@@ -290,7 +290,8 @@ def _notes(groups: Sequence[Group], rows: Sequence[Row]) -> Iterable[str]:
     steps = _by_value(groups, lambda record: f"{record.job.schedule.total_student_steps:,}")
     yield f"student steps: {steps}; precision: {_by_value(groups, lambda record: record.job.precision)}"
     yield from _student_images(groups)
-    yield f"hardware: {'; '.join(sorted({_machine(record) for record in records if record.hardware}))}"
+    known = {_machine(facts) for record in records for facts in record.machines if facts}
+    yield f"hardware: {'; '.join(sorted(known))}"
     yield (
         "last epoch: mean ± half-width of the Student-t 95 % interval over n seeds, none at n = 1; "
         f"the interval does not include the variance of the teacher and of the choice of {job.evaluate_on} images"
@@ -339,7 +340,7 @@ def _warnings(groups: Sequence[Group], rows: Sequence[Row]) -> Iterable[str]:
         yield f"{UNCONFIRMED} details not confirmed: parts of the method are our reading of it"
     if CONCURRENT in marks:
         yield f"{CONCURRENT} made by several concurrent workers: times are not comparable with exclusive runs"
-    if len({_machine(record) for record in scored}) > 1:
+    if len({_machine(facts) for record in scored for facts in record.machines}) > 1:
         yield "times come from different hardware and are not comparable"
     yield from slowed_note({one.label: one.scored for one in groups})
     commits = sorted({str(record.git["commit"])[:7] for record in scored if record.git.get("commit")})
@@ -397,14 +398,13 @@ def _origin(record: Record) -> str:
     return f"{record.job.origin}, {record.job.source}" if record.job.source else record.job.origin
 
 
-def _machine(record: Record) -> str:
-    facts = record.hardware
+def _machine(facts: Mapping[str, str | int]) -> str:
     names = [str(facts[name]) for name in ("gpu", "cpu") if facts.get(name)]
     counts = [f"{facts['cores']} core{'s' * (facts['cores'] != 1)}"] if "cores" in facts else []
-    return ", ".join([*names, *counts, *threads(record)]) or str(facts.get("device", "not recorded"))
+    return ", ".join([*names, *counts, *threads(facts)]) or str(facts.get("device", "not recorded"))
 
 
-def threads(record: Record) -> list[str]:
+def threads(facts: Mapping[str, str | int]) -> list[str]:
     """``2 threads a run``, if that is known."""
-    number = record.hardware.get("threads")
+    number = facts.get("threads")
     return [] if number is None else [f"{number} thread{'s' * (number != 1)} a run"]

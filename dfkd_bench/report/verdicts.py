@@ -118,11 +118,15 @@ def measured(record: Record, measure: Measure, level: float | None = None) -> Me
     return Measured(last + 1 if measure == "epochs" else record.curve[last].seconds, censored=reached is None)
 
 
-def machine(record: Record) -> str:
-    """What times depend on: device, processor, threads, and how many runs shared it."""
-    facts = record.hardware
+def machines(record: Record) -> set[str]:
+    """What times depend on: device, processor, threads, and how many runs shared it. Several: of an interrupted run
+    that went on elsewhere, whose times are those of neither."""
+    return {_machine(facts) for facts in record.machines}
+
+
+def _machine(facts: Mapping[str, str | int]) -> str:
     workers = facts.get("workers")
-    counts = [*threads(record), *([] if workers is None else [f"{workers} run{'s' * (workers != 1)} at a time"])]
+    counts = [*threads(facts), *([] if workers is None else [f"{workers} run{'s' * (workers != 1)} at a time"])]
     names = [str(facts[name]) for name in ("device", "gpu", "cpu") if facts.get(name)]
     return ", ".join(names + counts) or "not recorded"
 
@@ -216,7 +220,7 @@ def _effect(claim: Claim, pairs: Sequence[tuple[Measured, Measured]]) -> Effect:
 
 def _clocks_differ(claim: Claim, matched: Sequence[tuple[Record, Record]]) -> str:
     timed = claim.measure in ("seconds", "accuracy_at_equal_seconds") or claim.time_within is not None
-    if timed and len({machine(record) for pair in matched for record in pair}) > 1:
+    if timed and len(set().union(*(machines(record) for pair in matched for record in pair))) > 1:
         return "undecided, since times come from different machines or numbers of workers"
     return ""
 
