@@ -524,6 +524,7 @@ class _Run:
             stream.set_state(state["streams"][name])
         bench.counts.__dict__.update(state["counts"])
         self.curve = [Point(**point) for point in state["curve"]]
+        self.folder.set_metrics(point.model_dump() for point in self.curve)
         self.best = Score(**state["best"]) if state["best"] else None
         self.last = Score(**state["last"]) if state["last"] else None
         self.clock.resume(state["seconds"], state.get("processor"))

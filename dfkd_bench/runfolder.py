@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -70,6 +70,10 @@ class RunFolder:
         self.check_lease()
         with (self.path / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(line) + "\n")
+
+    def set_metrics(self, lines: Iterable[dict[str, Any]]) -> None:
+        """Those of the epochs before a checkpoint: what a killed process wrote after it comes again."""
+        write_text(self.path / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
 
     def log(self, text: str) -> None:
         """Add ``text`` to log.txt, for whoever wants to know more than the record says."""

@@ -366,6 +366,17 @@ def test_a_checkpoint_of_another_device_is_kept_and_told(fresh: Path, tmp_path: 
     assert RunFolder(job).has_checkpoint
 
 
+def test_metrics_have_each_epoch_once_after_a_kill(fresh: Path, tmp_path: Path) -> None:
+    """An epoch's line is written before its checkpoint, and the epoch comes again if there is none."""
+    job, place = interrupted(tmp_path)
+    path = RunFolder(job).path / "metrics.jsonl"
+    assert [json.loads(line)["epoch"] for line in path.read_text().splitlines()] == [0, 1]  # the checkpoint: one epoch
+    record = run(job, place)
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [
+        point.model_dump() for point in record.curve
+    ]
+
+
 def change_state(job: Job, **changes: object) -> None:
     path = RunFolder(job).path / "checkpoint" / "state.safetensors"
     saved = load_tree(path)
