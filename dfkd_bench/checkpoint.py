@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,32 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dfkd_bench.record import write_bytes
+
+QUICK = 0.2  # seconds; a checkpoint that takes no longer is written after each epoch
+WORTH = 20  # times what the last one took lies between two others
+
+
+class Pace:
+    """When a checkpoint is due. State may be big and change in each epoch (a bank of 886 MB): to write it after each
+    one would take longer than short epochs do, and wear out a disk."""
+
+    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
+        self._now = now
+        self._took = 0.0
+        self._ended = now()
+
+    @property
+    def is_due(self) -> bool:
+        """Whether the last one was quick, or is long enough ago."""
+        return self._took <= QUICK or self._now() - self._ended >= WORTH * self._took
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Around the writing of one."""
+        start = self._now()
+        yield
+        self._ended = self._now()
+        self._took = self._ended - start
 
 
 def save_tree(path: Path, tree: Any) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from dfkd_bench import data, diversity, lend, plugins, record, teachers, text
 from dfkd_bench.augment import Normalize, random_crop_flip, to_unit
-from dfkd_bench.checkpoint import random_state, restore_random_state, seed_everything
+from dfkd_bench.checkpoint import Pace, random_state, restore_random_state, seed_everything
 from dfkd_bench.clock import Clock, peak_memory, total
 from dfkd_bench.compute import Compute, hardware, prepare, resolve_device, set_threads
 from dfkd_bench.errors import UserError, disk_error
@@ -176,6 +176,7 @@ class _Run:
         prepare(self.device, place.deterministic)
         self.compute = Compute(self.device, job.precision)
         self.clock = Clock(self.device)
+        self.pace = Pace()
         source = found.source(job.method)
         self.facts = _method_facts(source)  # of the code that runs, whatever is edited meanwhile
         self.card = source.card()  # likewise
@@ -373,8 +374,9 @@ class _Run:
             report(EpochDone(epoch + 1, schedule.epochs, self.last.accuracy if self.last else None))
             if self.outcome == "not finite":  # a recorded outcome: further steps can't change it
                 break
-            if epoch + 1 < schedule.epochs:
-                self._checkpoint(bench, epoch + 1)
+            if epoch + 1 < schedule.epochs and self.pace.is_due:
+                with self.pace.writing():
+                    self._checkpoint(bench, epoch + 1)
         if self.outcome is None:
             assert self.last is not None
             self.outcome = "collapsed" if self.last.accuracy < 150 / self.dataset.num_classes else "ok"

@@ -21,7 +21,16 @@ import torch
 from torch import Tensor, nn
 
 from dfkd_bench import lease, runfolder
-from dfkd_bench.checkpoint import load_tree, random_state, restore_random_state, save_tree, seed_everything
+from dfkd_bench.checkpoint import (
+    QUICK,
+    WORTH,
+    Pace,
+    load_tree,
+    random_state,
+    restore_random_state,
+    save_tree,
+    seed_everything,
+)
 from dfkd_bench.errors import UserError
 from dfkd_bench.job import Job, TeacherSpec
 from dfkd_bench.lease import Busy, is_stale
@@ -157,6 +166,30 @@ def test_a_damaged_file_is_an_error_that_names_it(damage: Callable[[bytes], byte
 def test_a_missing_file_is_the_same_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is damaged"):
         load_tree(tmp_path / "nothing")
+
+
+# -- How often ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("took", "epoch", "written"),
+    [
+        (QUICK / 2, 0.01, [1, 2, 3, 4, 5, 6, 7, 8]),  # as in small runs
+        (1.0, 0.75 * WORTH, [1, 3, 5, 7]),
+        (1.0, 0.01, [1]),
+        (1.0, WORTH, [1, 2, 3, 4, 5, 6, 7, 8]),
+    ],
+)
+def test_checkpoints_that_take_long_are_written_less_often(took: float, epoch: float, written: list[int]) -> None:
+    now = [100.0]
+    pace, found = Pace(lambda: now[0]), []
+    for number in range(1, 9):
+        now[0] += epoch
+        if pace.is_due:
+            with pace.writing():
+                found.append(number)
+                now[0] += took
+    assert found == written
 
 
 # -- Random streams -------------------------------------------------------------------------------------------------

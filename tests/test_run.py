@@ -14,6 +14,7 @@ from dataclasses import replace
 from functools import partial
 from multiprocessing import forkserver
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,13 +23,14 @@ import torch
 from PIL import Image
 
 from dfkd_bench import data, plugins, teachers
-from dfkd_bench.checkpoint import load_tree, save_tree
+from dfkd_bench.checkpoint import Pace, load_tree, save_tree
 from dfkd_bench.compute import Compute
 from dfkd_bench.engines import local, server
 from dfkd_bench.errors import UserError
 from dfkd_bench.job import Job
 from dfkd_bench.lease import Busy
 from dfkd_bench.paths import HOME_VARIABLE, home
+from dfkd_bench.pool import Pool
 from dfkd_bench.record import DataFolder, Record, read, record_path
 from dfkd_bench.run import EpochDone, Place, failed, run, stream_seed
 from dfkd_bench.runfolder import RunFolder
@@ -321,6 +323,38 @@ def test_an_interrupted_run_ends_bit_identical(method: str, fresh: Path, tmp_pat
         run(job, place, stop)
     resumed = run(job, place)
     assert resumed.resumes == 1
+    assert [point.accuracy for point in resumed.curve] == [point.accuracy for point in whole.curve]
+    assert resumed.counters == whole.counters
+    assert all(torch.equal(weights[name], tensor) for name, tensor in student_of(resumed).items())
+
+
+def test_a_run_whose_checkpoints_take_long_has_fewer_and_ends_bit_identical(
+    fresh: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with CMI's bank, which is rewritten whole: 195 GB in a run of the published length."""
+    (job,) = jobs_of("fm", epochs=8)
+    whole = run(job, Place(tmp_path / "whole", device="cpu"))
+    weights = student_of(whole)
+    shutil.rmtree(home() / "runs")
+    now, save, saved = [0.0], RunFolder.save, list[int]()
+
+    def slow(folder: RunFolder, state: dict[str, Any], pool: Pool) -> None:
+        saved.append(state["epoch"])
+        save(folder, state, pool)
+        now[0] += 3
+
+    def stop_in_the_seventh_epoch(done: EpochDone) -> None:
+        now[0] += 25
+        if done.epoch == 7:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(RunFolder, "save", slow)
+    monkeypatch.setattr("dfkd_bench.run.Pace", lambda: Pace(lambda: now[0]))
+    place = Place(tmp_path / "parts", device="cpu")
+    with pytest.raises(KeyboardInterrupt):
+        run(job, place, stop_in_the_seventh_epoch)
+    assert saved == [1, 4]
+    resumed = run(job, place)
     assert [point.accuracy for point in resumed.curve] == [point.accuracy for point in whole.curve]
     assert resumed.counters == whole.counters
     assert all(torch.equal(weights[name], tensor) for name, tensor in student_of(resumed).items())
