@@ -179,7 +179,7 @@ def carry_out(
         for item in plan.planned:  # a record that is made anew must not be taken for the old one if the run dies
             path = record.record_path(place.output, item.job)
             if item.state in rerun and path.is_file() and record.read(path) == item.record:  # else another made it
-                path.unlink()
+                path.unlink(missing_ok=True)  # another task that was asked the same may be quicker
         jobs, shares = longest_first(jobs, found, dataset.num_classes)
         labels = [f"{job.method} seed {job.seed}" for job in jobs]
         # What was to be done again has no record now: one that is there, failed or not, another task has made since.

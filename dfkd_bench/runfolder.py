@@ -94,6 +94,7 @@ class RunFolder:
             for name, rows in kinds.items():
                 _append(self._checkpoint / f"{name}.bin", rows[len(pool) - kept :], self._stored + new - kept)
             self._stored = pool.made
+        self.check_lease()  # the files may have hung just now
         layout = {name: [str(rows.dtype).removeprefix("torch."), list(rows.shape[1:])] for name, rows in kinds.items()}
         save_tree(self._checkpoint / "state.safetensors", {"state": state, "pool": pool.state_dict(), "layout": layout})
 

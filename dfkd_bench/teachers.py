@@ -27,7 +27,7 @@ from dfkd_bench.data import DataSet, Split, as_tensor
 from dfkd_bench.errors import UserError
 from dfkd_bench.evaluate import evaluate
 from dfkd_bench.job import Precision, Recipe, TeacherSpec, digest
-from dfkd_bench.lease import held
+from dfkd_bench.lease import Busy, Lease, held
 from dfkd_bench.method import Frozen, LabelledImages
 from dfkd_bench.models import build_model, check_model
 from dfkd_bench.paths import home
@@ -166,14 +166,19 @@ def train(
     if spec.recipe is None:
         raise UserError(f"teacher {spec.sha256} is an imported one: run `dfkd-bench teacher import` again")
     place = folder(dataset, spec)
-    with held(place / "lease", f"teacher {place.name}", wait=True):
-        if is_at_hand(dataset, spec):
-            return read_card(place)
-        return _train(place, dataset, spec, spec.recipe, compute, root, models, report)
+    while True:
+        try:
+            with held(place / "lease", f"teacher {place.name}", wait=True) as lease:
+                if is_at_hand(dataset, spec):
+                    return read_card(place)
+                return _train(place, lease, dataset, spec, spec.recipe, compute, root, models, report)
+        except Busy:  # this one stalled, and another has taken it over
+            continue
 
 
 def _train(
     place: Path,
+    lease: Lease,
     dataset: DataSet,
     spec: TeacherSpec,
     recipe: Recipe,
@@ -213,7 +218,10 @@ def _train(
                 "epoch": epoch + 1,
                 "seconds": seconds,
             }
+            lease.check()
             save_tree(checkpoint, state)
+    accuracy = _accuracies(model, dataset, normalize, root, with_validation=not recipe.include_validation)
+    lease.check()  # runs may have begun with the teacher of whoever took it over, which has other bits elsewhere
     card = _keep(
         place,
         model,
@@ -225,7 +233,7 @@ def _train(
             origin="trained here",
             spec=spec,
             sha256="",
-            accuracy=_accuracies(model, dataset, normalize, root, with_validation=not recipe.include_validation),
+            accuracy=accuracy,
             last_train_loss=loss if math.isfinite(loss) else None,
             seconds=round(seconds, 3),
             precision=compute.precision,

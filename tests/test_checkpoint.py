@@ -679,3 +679,20 @@ def test_who_has_lost_the_lease_writes_no_checkpoint(folder: RunFolder, taken: b
         with pytest.raises(Busy):
             folder.append_metrics({"epoch": 1})
     assert {path: path.read_bytes() for path in folder.path.rglob("*") if path.is_file()} == before
+
+
+def test_who_loses_the_lease_while_the_pool_is_written_does_not_replace_the_state(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool = new_pool()
+    with folder.lease():
+        folder.save({"epoch": 1}, pool)
+        add(pool, 3)
+
+        def hangs(*_: object) -> None:
+            leave_lease(folder, owner(1, "another-host"))
+
+        monkeypatch.setattr(runfolder, "_append", hangs)
+        with pytest.raises(Busy):
+            folder.save({"epoch": 2}, pool)
+    assert reopened(folder).load(new_pool()) == {"epoch": 1}

@@ -256,6 +256,28 @@ def test_a_training_of_another_process_is_waited_for_and_not_done_again(
     assert (card, epochs) == (teachers.read_card(place), [])
 
 
+@pytest.mark.parametrize("epoch", [1, 3])
+def test_a_training_that_another_process_has_taken_over_is_left_to_it(
+    epoch: int, trained: Path, data_only: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On another kind of machine its teacher has other bits, and runs may have begun with it."""
+    place, kept, slept = teachers.folder(DIGITS, SPEC), list[bool](), list[float]()
+    monkeypatch.setattr(teachers, "_keep", lambda *_: kept.append(True))
+
+    def take(progress: TrainingProgress) -> None:
+        if progress.epoch == epoch:
+            (place / "lease").write_text('{"host": "another-host", "pid": 1}')
+
+    def finished(seconds: float) -> None:
+        slept.append(seconds)
+        shutil.copytree(trained / "teachers", data_only / "teachers", dirs_exist_ok=True)
+        (place / "lease").unlink()
+
+    monkeypatch.setattr("time.sleep", finished)
+    card = teachers.train(DIGITS, SPEC, Compute(CPU), report=take)
+    assert (card, kept, len(slept)) == (teachers.read_card(place), [], 1)
+
+
 def test_a_damaged_checkpoint_of_a_teacher_starts_it_anew(trained: Path, data_only: Path) -> None:
     place = teachers.folder(DIGITS, SPEC)
     place.mkdir(parents=True)
