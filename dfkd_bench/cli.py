@@ -152,7 +152,8 @@ def run(asked: TableOptions, work: WorkOptions, verbose: Verbose = False, quiet:
         return
     records = _carry_out(planned, asked, work, found, again, quiet)
     if records:
-        printing.results(_named(chosen, planned, asked), records, asked.output, verbose)
+        stale = _told_stale(records, found)
+        printing.results(_named(chosen, planned, asked), records, asked.output, verbose, stale)
     _exit_unless_done(planned, records)
 
 
@@ -218,10 +219,12 @@ def table(
                 f"--diversity is for suites, and {ablation.name} is an ablation: leave it out (an ablation's file has "
                 '`columns = ["diversity"]` for it)'
             )
-        printing.ablation(_ablation_at_hand(asked, ablation, found), form)
+        of_rows, stale = _ablation_at_hand(asked, ablation, found)
+        printing.ablation(of_rows, form, stale)
         return
     show = printing.diversity if diversity else printing.table
-    show(*_at_hand(asked, found), form)
+    chosen, records, stale = _at_hand(asked, found)
+    show(chosen, records, form, stale)
 
 
 @app.command()
@@ -230,10 +233,11 @@ def plot(asked: TableOptions, to: FigureFile = None) -> None:
     """Draw accuracy against time, or an ablation's rows, from the records at hand. Starts nothing."""
     found = _plugins(asked.plugin)
     if (ablation := _ablation_if_named(asked, found)) is not None:
-        planned = _ablation_at_hand(asked, ablation, found)
+        planned, _ = _ablation_at_hand(asked, ablation, found)
         plain(f"figure: {printing.ablation_figure(planned, planned.plan.records(), asked.output, to)}")
         return
-    paths, wrong = printing.figures(*_at_hand(asked, found), asked.output, to)
+    chosen, records, _ = _at_hand(asked, found)
+    paths, wrong = printing.figures(chosen, records, asked.output, to)
     for path in paths:
         plain(f"figure: {path}")
     printing.tell(wrong)
@@ -252,13 +256,13 @@ def gallery(asked: TableOptions, to: FigureFile = None) -> None:
 
     found = _plugins(asked.plugin)
     if (ablation := _ablation_if_named(asked, found)) is not None:
-        planned = _ablation_at_hand(asked, ablation, found)
+        planned, _ = _ablation_at_hand(asked, ablation, found)
         results = planned.results(planned.plan.records())
         rows = [Group(item.row.label, item.row.method, item.records) for item in results if item.records]
         place = to or asked.output / "figures" / f"{planned.ablation.stem}-gallery.png"
         drawn, wrong = [draw_rows(rows, place, ablation.dataset, ablation.title)], None
     else:
-        chosen, records = _at_hand(asked, found)
+        chosen, records, _ = _at_hand(asked, found)
         drawn, wrong = printing.each_pair(
             chosen,
             records,
@@ -304,7 +308,7 @@ def ablate(
             printing.warn(f"row '{row.row.label}' is left out: {row.trouble or row.missing}")
     records = _carry_out(planned.plan, asked, work, found, again, quiet)
     if records or not planned.plan.planned:
-        printing.ablation_results(planned, records, asked.output)
+        printing.ablation_results(planned, records, asked.output, _told_stale(records, found))
     _exit_unless_done(planned.plan, records)
 
 
@@ -574,17 +578,31 @@ def _named(chosen: Suite, planned: Plan, asked: TableOptions) -> Suite:
     return chosen.model_copy(update={"name": f"{chosen.name}{planned.behind_names(asked.output)}"})
 
 
-def _at_hand(asked: TableOptions, found: Plugins) -> tuple[Suite, list[Record]]:
+def _told_stale(records: Sequence[Record], found: Plugins) -> frozenset[str]:
+    """Warn of records that today's code has not made: whoever has just edited a method must not take them for its."""
+    from dfkd_bench.plan import made_by_other_code
+    from dfkd_bench.report.layout import stale_notes
+
+    stale = made_by_other_code(records, found)
+    for line in stale_notes(records, stale):
+        printing.warn(line)
+    return stale
+
+
+def _at_hand(asked: TableOptions, found: Plugins) -> tuple[Suite, list[Record], frozenset[str]]:
+    """The suite, its records, and the job ids of those that are stale, which is told."""
     chosen = _suite(asked, found)
     planned = _plan(asked, chosen, found)
     records = _some(planned.records(), planned.planned[0].job, asked, "suite", "dfkd-bench run")
-    return _named(chosen, planned, asked), records
+    return _named(chosen, planned, asked), records, _told_stale(records, found)
 
 
-def _ablation_at_hand(asked: TableOptions, chosen: Ablation, found: Plugins) -> AblationPlan:
+def _ablation_at_hand(asked: TableOptions, chosen: Ablation, found: Plugins) -> tuple[AblationPlan, frozenset[str]]:
+    """Likewise of an ablation."""
     planned = _ablation_plan(asked, chosen, found)
-    _some(planned.plan.records(), planned.rows[0].planned[0].job, asked, "ablation", f"dfkd-bench ablate {chosen.name}")
-    return planned
+    first, command = planned.rows[0].planned[0].job, f"dfkd-bench ablate {chosen.name}"
+    records = _some(planned.plan.records(), first, asked, "ablation", command)
+    return planned, _told_stale(records, found)
 
 
 def _some(records: list[Record], job: Job, asked: TableOptions, of: str, command: str) -> list[Record]:

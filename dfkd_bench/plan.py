@@ -125,6 +125,13 @@ def _where_it_stands(job: Job, output: Path, today: str, same_results: frozenset
     return Planned(job, "interrupted" if folder.has_checkpoint else "new")
 
 
+def made_by_other_code(records: Iterable[Record], found: Plugins) -> frozenset[str]:
+    """Job ids of those of ``records`` that are stale: they are shown, and no command makes them anew unasked."""
+    ended = [item for item in records if item.status != "failed"]
+    known = _known((item.job.method for item in ended), found)
+    return frozenset(item.job_id for item in ended if not item.is_fresh(known[item.job.method][1]))
+
+
 def _as_of_today(found: Record, today: str, same_results: frozenset[str]) -> Record:
     """The record, of today's code if that has the same results; else as it is."""
     if found.method.source_sha256 not in same_results:

@@ -6,7 +6,8 @@ Also the two consoles and the form of a warning. Light to import: reports are im
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -18,6 +19,7 @@ from dfkd_bench.errors import UserError
 if TYPE_CHECKING:
     from dfkd_bench.ablation_plan import AblationPlan
     from dfkd_bench.record import Record
+    from dfkd_bench.report.ablation_table import AblationTable
     from dfkd_bench.report.table import Table
     from dfkd_bench.suite import Suite
 
@@ -53,13 +55,16 @@ def warn(line: str, kind: str = "warning") -> None:
 # -- suites ---------------------------------------------------------------------------------------------------------
 
 
-def results(suite: Suite, records: Sequence[Record], output: Path, verbose: bool) -> None:
-    """Print the table of a run and write it, with its figures; say where things are."""
+def results(suite: Suite, records: Sequence[Record], output: Path, verbose: bool, stale: Collection[str] = ()) -> None:
+    """Print the table of a run and write it, with its figures; say where things are.
+
+    ``stale``, here and below: job ids of records that other code has made than today's. The table says so.
+    """
     from dfkd_bench.record import record_path, write_text
     from dfkd_bench.report import table as tables
     from dfkd_bench.runfolder import student_file
 
-    built, wrong = _tables(suite, records)
+    built, wrong = _tables(suite, records, stale)
     for item in built:
         plain(tables.to_text(item, out.width))
     if built:
@@ -85,11 +90,11 @@ def results(suite: Suite, records: Sequence[Record], output: Path, verbose: bool
     tell(wrong)
 
 
-def table(suite: Suite, records: Sequence[Record], form: str) -> None:
+def table(suite: Suite, records: Sequence[Record], form: str, stale: Collection[str] = ()) -> None:
     """Print the table, one a pair; as CSV one for all."""
     from dfkd_bench.report import table as tables
 
-    built, wrong = _tables(suite, records)
+    built, wrong = _tables(suite, records, stale)
     if form == "csv" and built:
         plain(tables.to_csv(*built).rstrip())
     else:
@@ -98,7 +103,7 @@ def table(suite: Suite, records: Sequence[Record], form: str) -> None:
     tell(wrong)
 
 
-def diversity(suite: Suite, records: Sequence[Record], form: str) -> None:
+def diversity(suite: Suite, records: Sequence[Record], form: str, stale: Collection[str] = ()) -> None:
     """Print how varied the images are, a table a pair; as CSV one for all."""
     from dfkd_bench.report import diversity as measures
 
@@ -107,7 +112,11 @@ def diversity(suite: Suite, records: Sequence[Record], form: str) -> None:
         lines = [*parts[:1], *(part.partition("\n")[2] for part in parts[1:])]  # one heading
         plain("".join(lines).rstrip())
     else:
-        built, wrong = each_pair(suite, records, lambda _, chosen: measures.build(chosen, suite.title, order(suite)))
+        built, wrong = each_pair(
+            suite,
+            records,
+            lambda _, chosen: _noted(measures.build(chosen, suite.title, order(suite)), chosen, stale),
+        )
         for item in built:
             _print_table(item, form)
     tell(wrong)
@@ -169,22 +178,33 @@ def _print_table(built: Table, form: str) -> None:
     plain(tables.to_text(built, out.width) if form == "text" else tables.FORMATS[form](built))
 
 
-def _tables(suite: Suite, records: Sequence[Record]) -> tuple[list[Table], UserError | None]:
+def _tables(suite: Suite, records: Sequence[Record], stale: Collection[str]) -> tuple[list[Table], UserError | None]:
     from dfkd_bench.report import table as tables
 
-    return each_pair(suite, records, lambda _, chosen: tables.build(chosen, suite.title, order(suite)))
+    return each_pair(
+        suite, records, lambda _, chosen: _noted(tables.build(chosen, suite.title, order(suite)), chosen, stale)
+    )
+
+
+def _noted(built: Table, records: Sequence[Record], stale: Collection[str]) -> Table:
+    """The table with a note on those of its records that are stale."""
+    from dfkd_bench.report.layout import stale_notes
+
+    return replace(built, notes=(*built.notes, *stale_notes(records, stale)))
 
 
 # -- ablations ------------------------------------------------------------------------------------------------------
 
 
-def ablation_results(planned: AblationPlan, records: Sequence[Record], output: Path) -> None:
+def ablation_results(
+    planned: AblationPlan, records: Sequence[Record], output: Path, stale: Collection[str] = ()
+) -> None:
     """Print the table of an ablation with its verdicts and write it, with its figure; say where things are."""
     from dfkd_bench.record import write_text
     from dfkd_bench.report import ablation_table
     from dfkd_bench.report import table as tables
 
-    built = ablation_table.build(planned.ablation, planned.results(records))
+    built = _ablation_table(planned, records, stale)
     plain(ablation_table.to_text(built, out.width))
     place = output / "ablations" / f"{planned.ablation.stem}.md"
     write_text(place, ablation_table.to_markdown(built))
@@ -196,11 +216,11 @@ def ablation_results(planned: AblationPlan, records: Sequence[Record], output: P
     plain(f"records: {output / 'records'} ({len(records)} of this ablation)")
 
 
-def ablation(planned: AblationPlan, form: str) -> None:
+def ablation(planned: AblationPlan, form: str, stale: Collection[str] = ()) -> None:
     """Print the table of the records at hand."""
     from dfkd_bench.report import ablation_table
 
-    built = ablation_table.build(planned.ablation, planned.results(planned.plan.records()))
+    built = _ablation_table(planned, planned.plan.records(), stale)
     plain(ablation_table.to_text(built, out.width) if form == "text" else ablation_table.FORMATS[form](built))
 
 
@@ -209,3 +229,10 @@ def ablation_figure(planned: AblationPlan, records: Sequence[Record], output: Pa
     from dfkd_bench.report.ablation_figure import draw
 
     return draw(planned.ablation, planned.results(records), to or output / "figures" / f"{planned.ablation.stem}.png")
+
+
+def _ablation_table(planned: AblationPlan, records: Sequence[Record], stale: Collection[str]) -> AblationTable:
+    from dfkd_bench.report import ablation_table
+
+    built = ablation_table.build(planned.ablation, planned.results(records))
+    return replace(built, table=_noted(built.table, records, stale))

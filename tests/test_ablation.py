@@ -895,6 +895,16 @@ def test_what_is_added_to_records_of_one_precision_has_the_plain_name(
     assert "nayer_batchnorm_digits.md" in command(*line, "bf16", "--seeds", "0-2")[1]
 
 
+@pytest.mark.parametrize("name", ["ablate", "table", "plot"])
+def test_records_of_other_code_are_told(name: str, command: Command, done: list[list[str]]) -> None:
+    line = ("nayer_batchnorm", "--seeds", "0-2", "--device", "cpu")
+    command("ablate", *line)
+    told = "6 runs of nayer were made by other code than today's: `--rerun stale` makes them anew"
+    _, shown, warned = command(name, *line)
+    assert warned.count(told) == 1
+    assert (" ".join(shown.split()).count(told) == 1) == (name != "plot")
+
+
 def test_a_row_that_cannot_run_is_a_warning_and_stays_in_the_table(
     command: Command, done: list[list[str]], home: Path, tmp_path: Path
 ) -> None:

@@ -22,7 +22,7 @@ import torch
 from dfkd_bench import cli, data, listing, plan, plugins
 from dfkd_bench.errors import UserError
 from dfkd_bench.models import build_model
-from dfkd_bench.record import read_all
+from dfkd_bench.record import Point, Score, read_all
 from dfkd_bench.record import write as write_record
 from dfkd_bench.run import failed
 from dfkd_bench.suite import expand, make_suite
@@ -277,6 +277,7 @@ def test_only_the_plain_suite_has_its_plain_name(command: Command, monkeypatch: 
     written: list[str] = []
     monkeypatch.setattr(plan, "carry_out", lambda *_: [None])
     monkeypatch.setattr(cli.printing, "results", lambda suite, *_: written.append(suite.name))
+    monkeypatch.setattr(cli, "_told_stale", lambda *_: frozenset())
     monkeypatch.setattr(cli, "_exit_unless_done", lambda *_: None)
     changes = ["", "--seeds 0-1", "--split validation", "--no-controls", "--pair wrn16_2:wrn16_1"]
     for change in (*changes, "-s nayer.lr=0.1 -s nayer.epochs=4", "-s nayer.epochs=4 -s nayer.lr=0.1"):
@@ -293,6 +294,7 @@ def test_a_suites_table_of_another_precision_has_a_name_of_its_own(
     monkeypatch.setattr(cli.printing, "results", lambda suite, *_: written.append(suite.name))
     monkeypatch.setattr(cli.printing, "figures", lambda suite, *_: ([written.append(suite.name)], None))
     monkeypatch.setattr(plan, "carry_out", lambda planned, *_: planned.records() or [None])
+    monkeypatch.setattr(cli, "_told_stale", lambda *_: frozenset())
     monkeypatch.setattr(cli, "_exit_unless_done", lambda *_: None)
     suite = make_suite("x", "x", "digits", ("nayer",), controls=())
     (job,) = expand(suite, plugins.discover(), data.dataset("digits"), "cpu", "bf16")
@@ -300,6 +302,43 @@ def test_a_suites_table_of_another_precision_has_a_name_of_its_own(
     for line in ("run -q --precision bf16", "run -q --precision fp32", "plot --precision bf16"):
         command(*line.split(), *DIGITS, "--no-controls", "--device", "cpu")
     assert [name.removeprefix("nayer_digits-no_controls") for name in written] == ["", "-fp32", ""]
+
+
+STALE = "2 runs of failing were made by other code than today's: `--rerun stale` makes them anew"
+
+
+@pytest.fixture
+def edited(home: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[object, ...]:
+    """Options of two runs that are done, of a method whose file was changed after the first: nothing is left to do."""
+    path = write(home.parent, "failing.py", FAILING)
+    found, output = plugins.discover([path]), home.parent / "dfkd-results"
+    for job in expand(
+        make_suite("x", "x", "digits", ("failing",), controls=(), seeds=(0, 1)), found, data.dataset("digits"), "cpu"
+    ):
+        point = Point(epoch=0, accuracy=50.0, loss=1.0, seconds=2.0)
+        last, facts = Score(accuracy=50.0, epoch=0), {"status": "done", "reason": None, "seconds": {"setup": 2.0}}
+        done = failed(job, found, "").model_copy(update={**facts, "curve": (point,), "last": last, "best": last})
+        write_record(output, done)
+    path.write_text(FAILING.replace("no luck", "other code"))
+    monkeypatch.setattr(plan, "carry_out", lambda planned, *_: planned.records())
+    return "-m", "failing", "-d", "digits", "--plugin", path, "--no-controls", "--seeds", "0-1", "--device", "cpu"
+
+
+@pytest.mark.parametrize("name", ["run", "table", "plot"])
+def test_records_of_a_method_that_was_edited_since_are_told(
+    name: str, edited: tuple[object, ...], command: Command
+) -> None:
+    ended = command(name, *edited)
+    assert ended.code == 0
+    assert ended.err.count(STALE) == 1
+    assert (" ".join(ended.out.split()).count(STALE) == 1) == (name != "plot")  # among the notes of the table
+
+
+def test_records_of_todays_code_are_not_told(edited: tuple[object, ...], command: Command, home: Path) -> None:
+    (home.parent / "failing.py").write_text(FAILING)
+    ended = command("table", *edited)
+    assert (ended.code, ended.err) == (0, "")
+    assert "other code" not in ended.out
 
 
 # --- Looking ----------------------------------------------------------------------------------------------------------

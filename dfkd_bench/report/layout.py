@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, median_low
 from typing import Literal
@@ -331,6 +332,16 @@ def slowed_note(records: Mapping[str, Sequence[Record]]) -> Iterable[str]:
     if slowed:
         named = ", ".join(label if label.isidentifier() else f"'{label}'" for label in slowed)
         yield f"other work had the processor during runs of {named}: their seconds are too long"
+
+
+def stale_notes(records: Iterable[Record], stale: Collection[str]) -> list[str]:
+    """A line a method with records among ``stale``, job ids of those that other code has made than today's."""
+    counts = Counter(record.job.method for record in records if record.job_id in stale)
+    return [
+        f"{count} run{'s' * (count != 1)} of {method} {'was' if count == 1 else 'were'} made by other code than "
+        f"today's: `--rerun stale` makes {'it' if count == 1 else 'them'} anew"
+        for method, count in counts.items()
+    ]
 
 
 def _warnings(groups: Sequence[Group], rows: Sequence[Row]) -> Iterable[str]:
