@@ -16,14 +16,15 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, get_args
 
-from dfkd_bench import data, plugins, record
+from dfkd_bench import plugins, record
 from dfkd_bench.errors import UserError
 from dfkd_bench.job import Precision
+from dfkd_bench.plan import make_plan
 from dfkd_bench.plugins import Plugins
 from dfkd_bench.record import Record
 from dfkd_bench.report.layout import accuracy
 from dfkd_bench.report.statistics import interval
-from dfkd_bench.suite import expand, is_ablation, read_suite, read_toml, suite_names
+from dfkd_bench.suite import is_ablation, read_suite, read_toml, suite_names
 
 BEGIN = "<!-- results: made by python -m dfkd_bench.benchmarks.cards -->"
 END = "<!-- end of results -->"
@@ -52,14 +53,11 @@ def suites_with_a_table(output: Path) -> list[str]:
 
 
 def records_of(name: str, output: Path, found: Plugins) -> list[Record]:
-    """The records of a suite, in the precision of the machine that made them."""
+    """The records of a suite as its table shows them, in the precision of the machine that made them."""
     suite = read_suite(name)
-    dataset = data.dataset(suite.dataset, None, found.datasets)
-    by_precision = []
-    for precision in get_args(Precision):
-        paths = [record.record_path(output, job) for job in expand(suite, found, dataset, "cpu", precision)]
-        by_precision.append([record.read(path) for path in paths if path.is_file()])
-    return max(by_precision, key=len)
+    precisions: tuple[Precision, ...] = get_args(Precision)
+    plans = [make_plan(suite, found, output, None, "cpu", precision) for precision in precisions]
+    return max((plan.records() for plan in plans), key=len)
 
 
 def rows(method: str, output: Path, found: Plugins) -> Iterator[str]:

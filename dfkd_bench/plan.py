@@ -115,10 +115,10 @@ def _where_it_stands(job: Job, output: Path, today: str, same_results: frozenset
     if path.is_file():
         found = record.read(path)
         if found.status == "failed":
-            return Planned(job, "failed", found)
+            return Planned(job, "failed", _cited_as(job, found))
         if not found.is_fresh(same_results):
-            return Planned(job, "stale", found)
-        return Planned(job, "done", _as_of_today(found, today, same_results))
+            return Planned(job, "stale", _cited_as(job, found))
+        return Planned(job, "done", _as_of_today(job, found, today, same_results))
     folder = RunFolder(job)
     if folder.is_running:
         return Planned(job, "running")
@@ -132,11 +132,18 @@ def made_by_other_code(records: Iterable[Record], found: Plugins) -> frozenset[s
     return frozenset(item.job_id for item in ended if not item.is_fresh(known[item.job.method][1]))
 
 
-def _as_of_today(found: Record, today: str, same_results: frozenset[str]) -> Record:
-    """The record, of today's code if that has the same results; else as it is."""
+def _as_of_today(job: Job, found: Record, today: str, same_results: frozenset[str]) -> Record:
+    """The record, of today's code if that has the same results, and of today's citation of its settings."""
+    cited = _cited_as(job, found)
     if found.method.source_sha256 not in same_results:
-        return found
-    return found.model_copy(update={"method": found.method.model_copy(update={"source_sha256": today})})
+        return cited
+    return cited.model_copy(update={"method": found.method.model_copy(update={"source_sha256": today})})
+
+
+def _cited_as(job: Job, found: Record) -> Record:
+    """The record with origin and source of ``job``, which has its id: two jobs of one id differ in these alone."""
+    cited = found.job.model_copy(update={"origin": job.origin, "source": job.source})
+    return found.model_copy(update={"job": cited})
 
 
 def _known(names: Iterable[str], found: Plugins) -> dict[str, tuple[str, frozenset[str]]]:
@@ -185,16 +192,16 @@ def carry_out(
             teachers.keep_beside(dataset, spec, place.output)
         for item in plan.planned:  # a record that is made anew must not be taken for the old one if the run dies
             path = record.record_path(place.output, item.job)
-            if item.state in rerun and path.is_file() and record.read(path) == item.record:  # else another made it
-                path.unlink(missing_ok=True)  # another task that was asked the same may be quicker
+            if item.state in rerun and path.is_file() and _cited_as(item.job, record.read(path)) == item.record:
+                path.unlink(missing_ok=True)  # else another made it; a task that was asked the same may be quicker
         jobs, shares = longest_first(jobs, found, dataset.num_classes)
         labels = [f"{job.method} seed {job.seed}" for job in jobs]
         # What was to be done again has no record now: one that is there, failed or not, another task has made since.
         place = replace(place, keep_failed=True)
         local.run_jobs(jobs, place, devices, _listener("runs", labels, shares, report))
     known = _known((item.job.method for item in plan.planned), found)
-    paths = {item.job.id: (record.record_path(place.output, item.job), item.job.method) for item in plan.planned}
-    return [_as_of_today(record.read(path), *known[method]) for path, method in paths.values() if path.is_file()]
+    paths = {item.job.id: (record.record_path(place.output, item.job), item.job) for item in plan.planned}
+    return [_as_of_today(job, record.read(path), *known[job.method]) for path, job in paths.values() if path.is_file()]
 
 
 def get_ready(

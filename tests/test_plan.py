@@ -107,6 +107,28 @@ def test_a_record_of_earlier_code_with_the_same_results_is_no_other(
     assert carried.method.source_sha256 == today
 
 
+def cited_otherwise(job: Job) -> Job:
+    return job.model_copy(update={"origin": "third-party", "source": "another citation"})
+
+
+def test_a_record_shows_origin_and_source_of_todays_job(engine: Engine, tmp_path: Path) -> None:
+    """They are no part of its id: the same settings were given by -s then, and are the method's own now."""
+    (item,) = planned(tmp_path).planned
+    record.write(tmp_path, made(cited_otherwise(item.job), FOUND.source("dafl").source_sha256()))
+    (found,) = planned(tmp_path).planned
+    assert found.record is not None
+    assert found.record.job == item.job
+    (carried,) = carry_out(planned(tmp_path), FOUND, Place(tmp_path), ["cpu"])
+    assert carried.job == item.job
+
+
+def test_a_stale_record_of_another_citation_is_taken_away_first(engine: Engine, tmp_path: Path) -> None:
+    (item,) = planned(tmp_path).planned
+    record.write(tmp_path, made(cited_otherwise(item.job), "other code"))
+    carry_out(planned(tmp_path), FOUND, Place(tmp_path), ["cpu"], ("stale",))
+    assert engine.records == []
+
+
 @pytest.mark.parametrize("before", [None, "failed"])
 def test_a_record_that_another_command_has_made_meanwhile_stays(
     before: str | None, engine: Engine, tmp_path: Path
