@@ -32,7 +32,8 @@ from dfkd_bench.plan import Plan
 from dfkd_bench.record import Counters, MethodFacts, Point, Record, Score, TeacherFacts
 from dfkd_bench.report import ablation_figure, ablation_table
 from dfkd_bench.report import table as tables
-from dfkd_bench.report.verdicts import Comparison, Effect, decide, judge, overall
+from dfkd_bench.report.plots import Panel, dots
+from dfkd_bench.report.verdicts import Comparison, Effect, decide, judge, measured, overall
 from dfkd_bench.run import Place
 from dfkd_bench.suite import ablation_names, expand, make_suite, read_suite, suite_names
 
@@ -747,6 +748,37 @@ def test_a_figure_of_rows_says_of_what_it_is_and_what_is_drawn(tmp_path: Path) -
     text = ablation_figure.draw(*example(), tmp_path / "rows.svg").read_text(encoding="utf-8")
     assert "<!-- digits, convnet16:convnet8, n = 3 -->" in text
     assert "<!-- bars: 95 % interval, dots: seeds -->" in text
+
+
+def panels_of(rows: list[RowRecords], *claims: Claim, columns: tuple[Measure, ...] = ()) -> dict[str, list[float]]:
+    """What the figure draws beside accuracies: the first row's values by label."""
+    chosen = example()[0].model_copy(update={"claims": claims, "columns": columns})
+    return {panel.xlabel: list(panel.values["a"]) for panel in ablation_figure._panels(chosen, rows)}
+
+
+def test_a_level_that_depends_on_another_run_is_in_no_figure() -> None:
+    rows = [curves(name, [(50, 95)] * 2, seconds=40.0) for name in "ab"]
+    claims = [claim(measure=measure, level="weaker") for measure in ("epochs", "seconds")]
+    assert panels_of(rows, *claims) == {}
+    assert panels_of(rows, *claims, columns=("seconds",)) == {"seconds of the whole run": [40, 40]}
+
+
+def test_a_figure_says_that_runs_never_reach_a_level() -> None:
+    rows = [curves("a", [(50, 95, 96), (40, 50, 60)]), curves("b", [(10, 20, 30)] * 2)]
+    low, high = (claim(measure="epochs", level=level) for level in (40.0, 95.0))
+    assert panels_of(rows, low) == {"epochs to 40 % of teacher\n[or to the end]": [1, 1]}
+    assert panels_of([*rows[1:], curves("a", [(40, 50, 60)])], high) == {}
+    assert panels_of(rows[:1], low) == {"epochs to 40 % of teacher": [1, 1]}
+
+
+def test_epochs_are_counted_to_a_level_only() -> None:
+    assert measured(run("a", 0, 90.0), "epochs") is None
+
+
+def test_a_title_is_as_wide_as_its_figure(tmp_path: Path) -> None:
+    panel = Panel("accuracy", {"a": [90.0]})
+    path = dots(["a"], [panel], tmp_path / "x.svg", "NAYER: epochs to a level with label text and with one-hot input")
+    assert "<!-- input -->" in path.read_text(encoding="utf-8")  # on a second line
 
 
 def test_a_figure_of_a_sweep(tmp_path: Path) -> None:

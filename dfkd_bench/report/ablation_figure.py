@@ -8,7 +8,7 @@ from pathlib import Path
 from dfkd_bench.ablation import Ablation, Measure, RowRecords, axis_value
 from dfkd_bench.report.ablation_table import SCALES
 from dfkd_bench.report.plots import Panel, dots, sweep
-from dfkd_bench.report.verdicts import level_in, measured, scored
+from dfkd_bench.report.verdicts import Measured, level_in, measured, scored
 
 _LABELS: dict[str, str] = {
     "noisy_layer_bytes": "noisy layers [MB]",
@@ -59,20 +59,31 @@ def _curves(results: Sequence[RowRecords], axis: str) -> dict[str, dict[float, l
 
 
 def _panels(ablation: Ablation, results: Sequence[RowRecords]) -> list[Panel]:
-    """One for each measure that a run has by itself; a level that depends on another run is in the verdicts alone."""
+    """One for each measure that a run has by itself; a level that depends on another run is in the verdicts alone.
+
+    So is a level that no run reaches: each would stand at its end.
+    """
     known: dict[str, tuple[Measure, float | None]] = {}
     for measure, level in [*((claim.measure, claim.level) for claim in ablation.claims), *_asked_for(ablation)]:
-        if measure in _LABELS:
-            number = level if isinstance(level, float) else None
-            behind = "" if number is None else f" to {number:g} % of teacher"
-            known.setdefault(_LABELS[measure] + behind, (measure, number))
-    return [Panel(label, {item.row.label: _values(*what, item) for item in results}) for label, what in known.items()]
+        if measure in _LABELS and level != "weaker":
+            whole = " of the whole run" if measure == "seconds" else ""
+            behind = whole if level is None else f" to {level:g} % of teacher"
+            known.setdefault(_LABELS[measure] + behind, (measure, level))
+    panels = []
+    for label, (measure, number) in known.items():
+        found = {item.row.label: _values(measure, number, item) for item in results}
+        never = [one.censored for values in found.values() for one in values]
+        if never and all(never):
+            continue
+        of_all = {row: [one.value * SCALES.get(measure, 1.0) for one in values] for row, values in found.items()}
+        panels.append(Panel(f"{label}\n[or to the end]" if any(never) else label, of_all))
+    return panels
 
 
 def _asked_for(ablation: Ablation) -> list[tuple[Measure, None]]:
     return [(measure, None) for measure in ablation.columns]
 
 
-def _values(measure: Measure, level: float | None, item: RowRecords) -> list[float]:
+def _values(measure: Measure, level: float | None, item: RowRecords) -> list[Measured]:
     found = [measured(run, measure, level_in(run, level)) for run in scored(item).values()]
-    return [one.value * SCALES.get(measure, 1.0) for one in found if one is not None]
+    return [one for one in found if one is not None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,8 +21,10 @@ if TYPE_CHECKING:
 
 SIZE = (3.5, 2.9)
 WIDE = (7.0, 3.6)
+"""Inches: one column of a two-column paper, and both."""
+
+LETTERS = 16.8  # of a title, an inch
 CROWDED = 8  # methods; with more, bands would hide the lines
-"""Inches: one column of a two-column paper."""
 
 FORMATS = (".png", ".pdf", ".svg")
 
@@ -150,7 +153,8 @@ def dots(labels: Sequence[str], panels: Sequence[Panel], path: Path, title: str 
         every[0].set_yticks(range(len(labels)), labels)
         every[0].set_ylim(len(labels) - 0.5, -0.5)
         if title:
-            figure.suptitle(title, fontsize=STYLE["axes.titlesize"], x=0.01, ha="left")
+            lines = [part for line in title.splitlines() for part in textwrap.wrap(line, int(LETTERS * size[0]))]
+            figure.suptitle("\n".join(lines), fontsize=STYLE["axes.titlesize"], x=0.01, ha="left")
         figure.supxlabel("bars: 95 % interval, dots: seeds", fontsize=STYLE["legend.fontsize"], color=_GREYS[0])
     return path
 

@@ -109,8 +109,8 @@ def measured(record: Record, measure: Measure, level: float | None = None) -> Me
         of_images = record.diversity.get({"diversity": "within"}.get(measure, measure))
         value = record.scalars.get(measure) if measure == "noisy_layer_bytes" else of_images
         return None if value is None else Measured(value)
-    if level is None:
-        return Measured(record.total_seconds)
+    if level is None:  # the whole run; epochs are counted to a level only
+        return Measured(record.total_seconds) if measure == "seconds" else None
     if not record.curve or isnan(level):
         return None
     reached = next((index for index, point in enumerate(record.curve) if point.accuracy >= level), None)
@@ -136,9 +136,10 @@ def level_in(record: Record, level: float | Literal["weaker"] | None) -> float |
 
     NaN: nobody knows the teacher's accuracy.
     """
-    if not isinstance(level, float) or record.teacher is None:
+    if not isinstance(level, float):
         return None
-    return nan if record.teacher.accuracy is None else level / 100 * record.teacher.accuracy
+    reference = record.teacher.accuracy if record.teacher is not None else None
+    return nan if reference is None else level / 100 * reference
 
 
 def scored(item: RowRecords) -> dict[int, Record]:
