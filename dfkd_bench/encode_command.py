@@ -19,7 +19,7 @@ from dfkd_bench import data, text
 from dfkd_bench.encoders import Rows
 from dfkd_bench.errors import UserError
 from dfkd_bench.record import safe_name, write_bytes
-from dfkd_bench.report.plots import FORMATS, STYLE
+from dfkd_bench.report.plots import FORMATS, STYLE, save
 from dfkd_bench.text import LabelEmbeddings
 
 MATRICES = (".safetensors", ".npy")
@@ -264,10 +264,7 @@ def draw(encoded: Encoded, path: Path) -> None:
                 )  # fmt: skip
             if None in places:
                 axes.set_title(f"without room: {places.count(None)} names", loc="right", color="#666666")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(
-            path, dpi=200, metadata={".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(path.suffix)
-        )
+        save(figure, path)
 
 
 def place_names(points: NDArray[np.float64], lengths: Sequence[int], size: float) -> list[tuple[float, float] | None]:

@@ -618,6 +618,23 @@ def test_the_same_records_give_the_same_figure(tmp_path: Path) -> None:
     assert first.read_bytes() == second.read_bytes()
 
 
+def test_a_figure_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tasks of a job array end together, and all of them write the same figure."""
+    from matplotlib.figure import Figure
+
+    def stopped(_self: Figure, target: Any, **_: Any) -> None:
+        if isinstance(target, Path):
+            target.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    path = tmp_path / "a.png"
+    path.write_bytes(b"an earlier one")
+    monkeypatch.setattr(Figure, "savefig", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        accuracy_against_time(fixture_records(), path)
+    assert path.read_bytes() == b"an earlier one"
+
+
 def test_a_dollar_sign_begins_no_formula(tmp_path: Path) -> None:
     found = [run("fm", 0, config={"prompt": rf"${prompt}\nothing$"}) for prompt in "ab"]
     path = accuracy_against_time(found, tmp_path / "curve.svg", r"$\nothing$")

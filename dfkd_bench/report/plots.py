@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from dfkd_bench.errors import UserError
+from dfkd_bench.files import write_bytes
 from dfkd_bench.record import Record
 from dfkd_bench.report.groups import Group, group
 from dfkd_bench.report.statistics import interval
@@ -248,10 +250,15 @@ def new_figure(path: Path, size: tuple[float, float]) -> Iterator[Figure]:
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=size, layout="constrained")
         yield figure
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(
-            path, dpi=200, metadata={".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(path.suffix)
-        )
+        save(figure, path)
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure whole, in the form that the name's suffix says: tasks of a job array may end with it at once."""
+    drawn = io.BytesIO()
+    facts = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(path.suffix)
+    figure.savefig(drawn, format=path.suffix.removeprefix("."), dpi=200, metadata=facts)
+    write_bytes(path, drawn.getvalue())
 
 
 def _with_curve(one: Group) -> list[Record]:
