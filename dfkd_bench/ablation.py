@@ -228,7 +228,8 @@ def with_initial_images(ablation: Ablation, folder: str, found: Plugins) -> Abla
 def _parsed(name: str, content: Mapping[str, Any]) -> _File:
     _known_keys(f"key of ablation {name}", content, _File)
     for part, model in (("rows", Row), ("claims", Claim)):
-        for table in content.get(part, ()):
+        tables = content.get(part)
+        for table in tables if isinstance(tables, list) else ():  # what is wrong with another value is said below
             if isinstance(table, Mapping):
                 _known_keys(f"key in {part} of ablation {name}", table, model)
     try:

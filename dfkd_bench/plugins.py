@@ -250,6 +250,8 @@ def discover(files: Sequence[Path] = ()) -> Plugins:
             if not isinstance(values, Mapping):
                 raise UserError(f"plugin {path}: {group.upper()} is no dictionary by name")
             for name, value in values.items():
+                if not isinstance(name, str):
+                    raise UserError(f"plugin {path}: {group.upper()} has the key {name!r}: expected a name as text")
                 _refuse_clash(origins, group, name, f"file {path}")
                 if wrong := _fault(group, name, value):
                     raise UserError(f"plugin {path}: {group.upper()}['{name}'] {wrong} (docs/own_models_and_data.md)")

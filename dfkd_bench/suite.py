@@ -74,6 +74,12 @@ def defaults() -> dict[str, Any]:
     return tomllib.loads(text)
 
 
+def _defaults_of(dataset: str) -> Mapping[str, Any]:
+    """The table of a data set, or an empty one. Other keys of the file, such as ``controls``, are no data sets."""
+    found = defaults().get(dataset)
+    return found if isinstance(found, Mapping) else {}
+
+
 def suite_names() -> tuple[str, ...]:
     """The built-in suites."""
     return tuple(name for name, content in _built_in().items() if not is_ablation(content))
@@ -152,7 +158,7 @@ def make_suite(
     evaluate_on: Literal["test", "validation"] = "test",
 ) -> Suite:
     """A suite with the defaults of its data set filled in."""
-    known = defaults().get(dataset, defaults()["default"])
+    known = _defaults_of(dataset) or defaults()["default"]
     chosen = protocol or known["protocol"]
     if chosen not in PROTOCOLS:
         raise unknown("protocol", chosen, PROTOCOLS)
@@ -416,7 +422,7 @@ def teacher_spec(
         if imported and not own:
             return imported.spec
     else:
-        recipe = defaults().get(dataset.name, {}).get("teacher", SMALL_RECIPE)
+        recipe = _defaults_of(dataset.name).get("teacher", SMALL_RECIPE)
     try:
         seed = own.pop("seed", 0)
         return TeacherSpec(model=model, recipe=Recipe(**{**recipe, **own}), seed=seed)

@@ -378,6 +378,8 @@ def toml(folder: Path, text: str) -> str:
         (ROWS + CLAIM.replace('[["x", "y"]]', "[]"), "compare"),
         (ROWS + CLAIM.replace('[["x", "y"]]', '[["x"]]'), "compare"),
         ('title = "t"\nrows = []\n' + CLAIM, "rows"),
+        ('title = "t"\nrows = 3\n' + CLAIM, "ablation mine: rows: Input should be"),
+        ("claims = 3\n" + ROWS, "ablation mine: claims: Input should be"),
         ('seeds = "2-0"\n' + ROWS + CLAIM, "did you mean 0-2"),
         ("rows = [", "suite mine"),
     ],

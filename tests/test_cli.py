@@ -116,6 +116,9 @@ DIGITS = ("-m", "nayer", "-d", "digits")
     [
         (("run", "-m", "nayr", "-d", "digits"), "unknown method 'nayr': did you mean 'nayer'?"),
         (("run", "-m", "nayer", "-d", "digit"), "unknown data set 'digit': did you mean 'digits'?"),
+        (("run", "-m", "nayer", "-d", "controls"), "unknown data set 'controls'"),
+        (("run", "-m", "nayer", "-d", "lead_method"), "unknown data set 'lead_method'"),
+        (("plan", "nayer_noise", "-d", "controls"), "unknown data set 'controls'"),
         (("run", *DIGITS, "--pair", "wrn16_2:wrn16_3"), "unknown model 'wrn16_3': did you mean 'wrn16_"),
         (("run", *DIGITS, "--pair", "wrn16_2"), "expected TEACHER:STUDENT"),
         (("run", "smoke_digit"), "unknown suite 'smoke_digit': did you mean 'smoke_digits'?"),

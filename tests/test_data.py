@@ -623,6 +623,16 @@ def test_copied_folder_has_the_same_content(own: Path, tmp_path: Path) -> None:
     assert dataset(f"folder:{tmp_path / 'copy'}").content == dataset(f"folder:{own}").content
 
 
+@pytest.mark.skipif(sys.platform == "darwin", reason="its file systems refuse such names")
+def test_a_name_in_a_folder_need_not_be_utf8(own: Path) -> None:
+    before = dataset(f"folder:{own}").content
+    image = own / "train" / "spoon" / os.fsdecode(b"caf\xe9.png")
+    shutil.copyfile(own / "train" / "spoon" / "0.png", image)
+    found = dataset(f"folder:{own}")
+    assert sum(len(found.split(split).labels) for split in ("train", "validation")) == 21
+    assert found.content != before
+
+
 def test_folder_is_named_by_its_absolute_path(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(own.parent)
     assert dataset("folder:own").name == f"folder:{own}"
@@ -891,6 +901,29 @@ def test_damaged_prepared_file_is_named_and_remade(damage: Any, file: int, caplo
     damage(path)
     assert np.array_equal(TOY.split("test").images, before)
     assert str(path) in caplog.text
+
+
+NAMED = replace(TOY, name="named", num_classes=2, names=lambda _root: ("cat", "dog"))
+
+
+@pytest.mark.parametrize("text", ["[", '{"cat": 0}', "[1, 2]", '["cat"]', "\xff"])
+def test_damaged_class_names_are_named_and_found_again(text: str, caplog: pytest.LogCaptureFixture) -> None:
+    kept = NAMED.folder / "class_names.json"
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    kept.write_text(text, encoding="latin-1")
+    assert NAMED.class_names == ("cat", "dog")
+    assert str(kept) in caplog.text
+    assert json.loads(kept.read_text()) == ["cat", "dog"]
+
+
+def test_damaged_class_names_without_raw_files_are_one_line() -> None:
+    def gone(_root: Path) -> tuple[str, ...]:
+        raise UserError("data set 'named' is missing")
+
+    NAMED.folder.mkdir(parents=True)
+    (NAMED.folder / "class_names.json").write_text("[")
+    with pytest.raises(UserError, match=r"class_names\.json is damaged, and can't be made again: data set 'named'"):
+        _ = replace(NAMED, names=gone).class_names
 
 
 def test_large_damaged_file_is_recognised_by_its_size(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -187,6 +187,12 @@ def test_a_list_in_place_of_a_dictionary_is_one_line(write: Callable[[str, str],
         discover([write("listed", "MODELS = ['a']")])
 
 
+@pytest.mark.parametrize("group", ["DATASETS", "MODELS", "ENCODERS"])
+def test_a_name_that_is_no_text_is_one_line(group: str, write: Callable[[str, str], Path]) -> None:
+    with pytest.raises(UserError, match=rf"{group} has the key 1: expected a name as text"):
+        discover([write(f"keyed_{group}", f"{group} = {{1: print}}")])
+
+
 @pytest.mark.parametrize(
     ("value", "words"),
     [

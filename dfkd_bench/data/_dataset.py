@@ -13,6 +13,7 @@ from dfkd_bench.data._prepared import KINDS, DamagedError, open_split, prepare, 
 from dfkd_bench.data._raw import Raw
 from dfkd_bench.data._splits import parts_of
 from dfkd_bench.errors import UserError, unknown
+from dfkd_bench.files import write_text
 from dfkd_bench.paths import data_root
 
 FIRST_VERSION = "1"
@@ -46,13 +47,28 @@ class DataSet:
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """Clean text, in the order of the labels. ImageNet's import torchvision, Tiny-ImageNet's need its files."""
+        """Clean text, in the order of the labels. ImageNet's import torchvision, Tiny-ImageNet's need its files.
+
+        ``UserError``: those that were kept are damaged, and the raw files are not there to find them again.
+        """
         if not callable(self.names):
             return self.names
         kept = self.folder / "class_names.json"
-        if kept.is_file():
-            return tuple(json.loads(kept.read_text(encoding="utf-8")))
-        return self.names(data_root(self.root))
+        if not kept.is_file():
+            return self.names(data_root(self.root))
+        try:
+            known = json.loads(kept.read_text(encoding="utf-8"))
+        except ValueError:
+            known = None
+        if isinstance(known, list) and len(known) == self.num_classes and all(isinstance(one, str) for one in known):
+            return tuple(known)
+        log.warning("%s is damaged: it is made again", kept)
+        try:
+            names = self.names(data_root(self.root))
+        except UserError as error:
+            raise UserError(f"{kept} is damaged, and can't be made again: {error}") from None
+        write_text(kept, json.dumps(names))
+        return names
 
     @property
     def content(self) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ def digest_of(folder: Path, paths: Sequence[Path]) -> str:
         return found
     digest = hashlib.sha256()
     for path in paths:
-        digest.update(f"{path.relative_to(folder).as_posix()}\0".encode())
+        digest.update(_name(path, folder) + b"\0")
         if not path.is_dir():
             with path.open("rb") as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
@@ -62,8 +63,13 @@ def _folder_facts(folder: Path) -> FolderFacts | None:
 
 
 def _kept(folder: Path, paths: Sequence[Path]) -> Path:
-    key = hashlib.sha256(str(folder.resolve()).encode())
+    key = hashlib.sha256(os.fsencode(folder.resolve()))
     for path in paths:
         facts = path.stat()
-        key.update(f"{path.relative_to(folder).as_posix()}\0{facts.st_size}\0{facts.st_mtime_ns}\0".encode())
+        key.update(_name(path, folder) + f"\0{facts.st_size}\0{facts.st_mtime_ns}\0".encode())
     return home() / "digests" / key.hexdigest()[:32]
+
+
+def _name(path: Path, folder: Path) -> bytes:
+    """As the disk has it: a name need not be UTF-8."""
+    return os.fsencode(path.relative_to(folder).as_posix())
