@@ -15,6 +15,7 @@ from dfkd_bench.job import Job
 from dfkd_bench.plan import Plan, Planned, make_plan
 from dfkd_bench.plugins import Plugins
 from dfkd_bench.record import Record
+from dfkd_bench.report.ablation_table import require_published
 
 
 @dataclass(frozen=True)
@@ -75,8 +76,10 @@ def plan_ablation(
         encode: try to make embeddings that are not at hand; else nothing is started.
 
     Raises:
-        UserError: a wrong name or setting in a row, which it names, or an axis that no row has a number for.
+        UserError: a wrong name or setting in a row, which it names, an axis that no row has a number for, or a
+            published value that is not in the CSV.
     """
+    require_published(ablation)
     dataset = data.dataset(ablation.dataset, data_root, found.datasets)
     plans = []
     for row in ablation.rows:

@@ -510,6 +510,17 @@ def test_an_axis_that_is_no_number_in_any_row_is_told_before_the_runs(axis: str,
         planned(chosen, tmp_path)
 
 
+@pytest.mark.parametrize("part", ["rows", "claims"])
+def test_a_published_value_that_is_not_in_the_csv_is_told_before_the_runs(
+    part: str, tmp_path: Path, home: Path
+) -> None:
+    chosen = read_ablation("nayer_batchnorm", seeds="0")
+    first, *others = getattr(chosen, part)
+    wrong = first.model_copy(update={"published": (Reference(table="nowhere", method="NAYER"),)})
+    with pytest.raises(UserError, match="ablation nayer_batchnorm: unknown published table 'nowhere'"):
+        planned(chosen.model_copy(update={part: (wrong, *others)}), tmp_path)
+
+
 def test_an_axis_may_be_of_the_schedule(tmp_path: Path, home: Path) -> None:
     chosen = read_ablation("nayer_steps", seeds="0").model_copy(update={"axis": "lr"})
     planned(chosen, tmp_path)

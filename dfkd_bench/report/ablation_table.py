@@ -359,6 +359,20 @@ def _at_this_n(finding: Finding) -> str:
 # Published values
 
 
+def require_published(ablation: Ablation) -> None:
+    """Look all references up: told before the runs, since the table is built after them.
+
+    Raises:
+        UserError: one of them is not in the CSV.
+    """
+    of_rows = [reference for row in ablation.rows for reference in row.published]
+    for reference in (*of_rows, *(reference for claim in ablation.claims for reference in claim.published)):
+        try:
+            _found(reference)
+        except UserError as error:
+            raise UserError(f"ablation {ablation.name}: {error}") from None
+
+
 class _References:
     """Numbers sources in the order in which rows and claims cite them."""
 
