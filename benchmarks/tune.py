@@ -121,6 +121,8 @@ def run_trials(
     place = Place(home, plugin_files=found.files, threads=threads, workers=len(devices))
     with show(whole, Console(stderr=True), quiet=not sys.stderr.isatty()) as report:
         made = {item.job_id: item for item in carry_out(whole, found, place, devices, ("failed", "stale"), report)}
+    if any(item.job.id not in made for item in whole.planned):
+        raise UserError(f"{dataset}: some of the trials are under way elsewhere; call this again when they are over")
     done = []
     for trial, plan in zip(trials, plans, strict=True):
         runs = [made[item.job.id] for item in plan.planned]
@@ -206,6 +208,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("results"), help="default: %(default)s; trials/ is in it")
     arguments = parser.parse_args()
     try:
+        for name, value in (("trials", arguments.trials), ("finalists", arguments.finalists)):
+            if value < 1:
+                raise UserError(f"--{name} {value}: expected 1 or more")
         seeds = parse_seeds(arguments.seeds)
         if min(seeds) < FIRST_SEED:
             raise UserError(f"--seeds {arguments.seeds}: settings are chosen with seeds from {FIRST_SEED} up")

@@ -186,6 +186,9 @@ def test_trials_of_other_methods_are_kept(monkeypatch: pytest.MonkeyPatch, tmp_p
         (("--seeds", "0"), "settings are chosen with seeds from 100 up"),
         (("--methods", "real_kd"), "real_kd has no `search` space"),
         (("--methods", "nayr"), "did you mean 'nayer'"),
+        (("--trials", "0"), "--trials 0: expected 1 or more"),
+        (("--finalists", "0"), "--finalists 0: expected 1 or more"),
+        (("--finalists", "-1"), "--finalists -1: expected 1 or more"),
     ],
 )
 def test_wrong_input_is_one_line(
@@ -202,6 +205,18 @@ def test_wrong_input_is_one_line(
     assert ended.value.code == 2
     assert words in said
     assert said.count("\n") == 1
+    assert runs.jobs == []
+
+
+def test_a_trial_that_another_process_holds_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tune, "carry_out", lambda plan, *_: [made(item.job, 50.0) for item in plan.planned[1:]])
+    with pytest.raises(SystemExit) as ended:
+        call(monkeypatch, tmp_path, "--trials", "3")
+    assert ended.value.code == 2
+    line = "error: digits: some of the trials are under way elsewhere; call this again when they are over\n"
+    assert capsys.readouterr().err == line
 
 
 def test_a_run_that_failed_is_no_trial(
