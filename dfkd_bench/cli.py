@@ -32,6 +32,7 @@ from dfkd_bench.options import (
     TableOptions,
     Verbose,
     WorkOptions,
+    expanded,
     spread,
 )
 from dfkd_bench.printing import err, out, plain
@@ -64,6 +65,8 @@ app.add_typer(teacher_app, name="teacher")
 
 def main() -> NoReturn:
     """The console script: one line for wrong input, never a traceback."""
+    if sys.platform == "win32":  # no process can be forked there, and none tells its peak memory
+        sys.exit(_complain("dfkd-bench runs on Linux and macOS: on Windows use it in WSL"))
     signal.signal(signal.SIGTERM, _terminated)
     try:
         with looking_once():
@@ -403,11 +406,19 @@ def encode(
     prompt: Annotated[str, typer.Option(help="With {name} or {index}; or P1, P2, P3, nayer.")] = "nayer",
     output: Annotated[
         Path,
-        typer.Option("--output", "-o", envvar="DFKD_BENCH_RESULTS", help="A .safetensors or .npy file, or a folder."),
+        typer.Option(
+            "--output",
+            "-o",
+            envvar="DFKD_BENCH_RESULTS",
+            callback=expanded,
+            help="A .safetensors or .npy file, or a folder.",
+        ),
     ] = DEFAULT_OUTPUT,
     figure: Annotated[
         Path | None,
-        typer.Option("--figure", "--to", help="A .png, .svg or .pdf file; default: beside the matrix."),
+        typer.Option(
+            "--figure", "--to", callback=expanded, help="A .png, .svg or .pdf file; default: beside the matrix."
+        ),
     ] = None,
     data_root: DataRoot = None,
     plugin: PluginFiles = None,

@@ -15,8 +15,19 @@ from typing import TYPE_CHECKING, Annotated, Any, get_origin, get_type_hints
 
 import typer
 
+from dfkd_bench.errors import UserError
+
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
+
+
+def expanded(path: Path | None) -> Path | None:
+    """``~`` is the user's home, also where no shell looks at it: behind ``--output=`` and in a variable's quotes."""
+    try:
+        return None if path is None else path.expanduser()
+    except RuntimeError:
+        raise UserError(f"{path}: there is no home folder of that user") from None
+
 
 DatasetName = Annotated[str | None, typer.Option("--dataset", "-d", help="Data set, or folder:PATH.")]
 Protocol = Annotated[str | None, typer.Option(help="paper, equal or smoke; default: what suits the data set.")]
@@ -32,7 +43,14 @@ DataRoot = Annotated[
     typer.Option(help="Where raw data sets are; default: $DFKD_BENCH_DATA, else data/raw in the home folder."),
 ]
 Output = Annotated[
-    Path, typer.Option("--output", "-o", envvar="DFKD_BENCH_RESULTS", help="Records, tables and figures go here.")
+    Path,
+    typer.Option(
+        "--output",
+        "-o",
+        envvar="DFKD_BENCH_RESULTS",
+        callback=expanded,
+        help="Records, tables and figures go here.",
+    ),
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 PrecisionName = Annotated[
@@ -43,7 +61,9 @@ PrecisionName = Annotated[
 ]
 Deterministic = Annotated[bool, typer.Option(help="Deterministic GPU kernels (the CPU always is).")]
 SplitName = Annotated[str, typer.Option("--split", help="Evaluate on test, or on validation to choose settings.")]
-FigureFile = Annotated[Path | None, typer.Option(help="A .png, .svg or .pdf file; default: OUTPUT/figures/.")]
+FigureFile = Annotated[
+    Path | None, typer.Option(callback=expanded, help="A .png, .svg or .pdf file; default: OUTPUT/figures/.")
+]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Name the file of every record and student.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress; the result only.")]
 

@@ -307,6 +307,30 @@ def test_a_suites_table_of_another_precision_has_a_name_of_its_own(
     assert [name.removeprefix("nayer_digits-no_controls") for name in written] == ["", "-fp32", ""]
 
 
+def test_windows_is_told_at_once(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "platform", "win32")
+    line = command("list", "methods").error()
+    assert line == "error: dfkd-bench runs on Linux and macOS: on Windows use it in WSL\n"
+
+
+@pytest.mark.parametrize("given", ["--output=~/x", "$DFKD_BENCH_RESULTS"])
+def test_a_tilde_is_the_users_home(
+    given: str, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "user"))
+    if given.startswith("$"):
+        monkeypatch.setenv(given[1:], "~/x")
+    options = () if given.startswith("$") else (given,)
+    assert f"in {tmp_path}/user/x with" in command("table", *DIGITS, *options).error()
+    assert command("encode", "--encoder", "onehot", "-d", "digits", "-q", *options).code == 0
+    assert (tmp_path / "user" / "x" / "embeddings").is_dir()
+    assert not (tmp_path / "~").exists()
+
+
+def test_a_tilde_of_nobody_is_one_line(command: Command) -> None:
+    assert "no home folder of that user" in command("table", *DIGITS, "--output=~nobody_here/x").error()
+
+
 STALE = "2 runs of failing were made by other code than today's: `--rerun stale` makes them anew"
 
 
