@@ -478,13 +478,14 @@ def teacher_import(
     dataset: Annotated[str | None, typer.Option("--dataset", "-d", help="Default: from the file's name.")] = None,
     model: Annotated[str | None, typer.Option(help="Default: from the file's name.")] = None,
     minimum: Annotated[float | None, typer.Option(help="Refuse below this test accuracy [%].")] = None,
+    device: Device = "auto",
     data_root: DataRoot = None,
     plugin: PluginFiles = None,
 ) -> None:
     """Take over a foreign checkpoint, read as weights only; `paper` runs then use it."""
     from dfkd_bench import teacher_commands
 
-    out.print(teacher_commands.import_(file, dataset, model, minimum, data_root, _plugins(plugin)))
+    out.print(teacher_commands.import_(file, dataset, model, minimum, device, data_root, _plugins(plugin)))
 
 
 @teacher_app.command("list")
@@ -498,13 +499,14 @@ def teacher_list() -> None:
 @teacher_app.command("verify")
 def teacher_verify(
     name: Annotated[str | None, typer.Argument(help="A name of `teacher list` or its beginning; default: all.")] = None,
+    device: Device = "auto",
     data_root: DataRoot = None,
     plugin: PluginFiles = None,
 ) -> None:
     """Check hash and accuracy of teachers anew."""
     from dfkd_bench import teacher_commands
 
-    for line in teacher_commands.verify(name, data_root, _plugins(plugin)):
+    for line in teacher_commands.verify(name, device, data_root, _plugins(plugin)):
         out.print(line)
 
 

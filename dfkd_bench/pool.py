@@ -26,6 +26,7 @@ class Pool:
     """Images [n, C, H, W] as uint8 and rows of named extras beside them. With a cap, the newest ``cap`` are kept.
 
     ``full_batches``: a batch is filled up from the next pass, so that all student batches are of one size.
+    ``adds``: how often ``add`` is going to be called, if that is known: no more room is made than that will fill.
     ``spare``: bytes that are free on the device now; None where the device's memory is the host's.
     """
 
@@ -37,9 +38,12 @@ class Pool:
         cap: int | None = None,
         full_batches: bool = False,
         spare: Callable[[torch.device], int | None] = spare_memory,
+        adds: int | None = None,
     ) -> None:
         self.cap = cap
         self.made = 0  # images ever added
+        self._adds = adds
+        self._added = 0  # calls so far
         self._device = device
         self._spare = spare
         self._host: Ahead | None = None  # fetches batches if the images lie in host memory
@@ -66,6 +70,7 @@ class Pool:
         for name, rows in extras.items():
             if rows.shape[0] != images.shape[0]:
                 raise ValueError(f"extra '{name}' has {rows.shape[0]} rows for {images.shape[0]} images")
+        self._added += 1
         self._append(to_uint8(images.detach()), {name: rows.detach() for name, rows in extras.items()})
         self.made += images.shape[0]
         self._shuffle.restart()
@@ -84,11 +89,13 @@ class Pool:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything but the images and extras, which the checkpoint appends to a file of their own."""
-        return {"made": self.made, "size": self._size, "shuffle": self._shuffle.state_dict()}
+        state = {"made": self.made, "added": self._added, "size": self._size}
+        return {**state, "shuffle": self._shuffle.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any], images: Tensor, extras: Mapping[str, Tensor]) -> None:
         """Restore from ``state_dict`` and the stored rows."""
         self._images, self._extras, self._size = self._images[:0], {}, 0
+        self._added = state.get("added", 0)  # earlier checkpoints didn't count: more room than needed
         self._append(images, {name: rows.to(self._device) for name, rows in extras.items()})
         if self._size != state["size"]:
             raise ValueError(f"the saved pool has {self._size} images, {state['size']} were expected")
@@ -129,8 +136,15 @@ class Pool:
         return wanted if self.cap is None else min(wanted, self.cap)
 
     def _capacity(self, rows: Tensor, wanted: int) -> int:
-        """Rows of the next tensor: they double, so that adding is linear in the images added; never beyond the cap."""
-        return self._kept(max(wanted, 2 * rows.shape[0]))
+        """Rows of the next tensor: they double, so that adding is linear in the images added.
+
+        Never beyond the cap, nor what there will be if further calls add as many as this one.
+        """
+        room = max(wanted, 2 * rows.shape[0])
+        if self._adds is not None:
+            left = max(0, self._adds - self._added)
+            room = min(room, wanted + left * (wanted - self._size))
+        return self._kept(room)
 
     def _fits(self, wanted: int) -> bool:
         """Whether the device can hold ``wanted`` images: the grown tensor takes at most half of what is free now."""

@@ -343,7 +343,14 @@ class _Run:
         student = self.compute.place(student)
         optimizer = build_optimizer(student.parameters(), schedule)
         full = self.job.protocol == "equal"
-        pool = Pool(self.dataset.image_shape, self.device, streams["pool"], schedule.pool_cap, full_batches=full)
+        pool = Pool(
+            self.dataset.image_shape,
+            self.device,
+            streams["pool"],
+            schedule.pool_cap,
+            full_batches=full,
+            adds=schedule.rounds,
+        )
         seed_everything(stream_seed(self.job.seed, "global"))
         with self.clock.phase("setup"), self.watch.method():
             method = method_class(config, task)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
+import torch
 from rich.table import Table
 
 from dfkd_bench import data, suite, teachers
@@ -55,6 +56,7 @@ def import_(
     dataset_name: str | None,
     model: str | None,
     minimum: float | None,
+    device: str,
     data_root: Path | None,
     found: Plugins,
 ) -> str:
@@ -70,7 +72,7 @@ def import_(
         raise UserError(f"{file.name} does not tell its {what}, as cifar10_resnet34.pth does: give {options}")
     suite.parse_pair(f"{model}:{model}", found)
     dataset = data.dataset(dataset_name, data_root, found.datasets)
-    card = teachers.import_checkpoint(file, dataset, model, data_root, minimum, found.models)
+    card = teachers.import_checkpoint(file, dataset, model, data_root, minimum, found.models, _prepared(device))
     return _line(teachers.folder(dataset, card.spec), card)
 
 
@@ -109,18 +111,26 @@ def list_() -> Table | str:
     return table if table.row_count else "no teachers yet: `dfkd-bench teacher train --dataset digits` makes one"
 
 
-def verify(name: str | None, data_root: Path | None, found: Plugins) -> Iterator[str]:
+def verify(name: str | None, device: str, data_root: Path | None, found: Plugins) -> Iterator[str]:
     """Measure again what the cards say."""
     at_hand = list(teachers.list_teachers())
     chosen = [(place, card) for place, card in at_hand if name is None or place.name.startswith(name)]
     if not chosen:
         names = ", ".join(place.name for place, _ in at_hand) or "none"
         raise UserError(f"there is no teacher '{name or ''}'; at hand: {names}")
+    where = _prepared(device)
     for place, card in chosen:
         dataset = data.dataset(card.dataset, data_root, found.datasets)
-        teachers.verify(place, dataset, data_root, found.models)
+        teachers.verify(place, dataset, data_root, found.models, where)
         yield f"{_line(place, card)}: hash and accuracy hold"
 
 
 def _line(place: Path, card: TeacherCard) -> str:
     return f"{place.name} on {card.dataset}: {card.accuracy['test']:.2f} % test accuracy, sha256 {card.sha256[:12]}"
+
+
+def _prepared(device: str) -> torch.device:
+    """The device that is meant, ready to measure on."""
+    where = resolve_device(device)
+    prepare(where)
+    return where

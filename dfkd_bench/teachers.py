@@ -309,13 +309,18 @@ def find_imported(dataset: DataSet, model: str) -> TeacherCard | None:
     return max(imported, key=lambda card: card.created, default=None)
 
 
-def verify(place: Path, dataset: DataSet, root: Path | None, models: Builders | None = None) -> dict[str, float]:
+def verify(
+    place: Path,
+    dataset: DataSet,
+    root: Path | None,
+    models: Builders | None = None,
+    device: torch.device | str = "cpu",
+) -> dict[str, float]:
     """Check the hash, measure the accuracies anew and return them; a difference is a ``UserError``."""
     card = read_card(place)
-    model = _load_weights(place, card, dataset, models)
-    measured = _accuracies(
-        model, dataset, Normalize(dataset.mean, dataset.std), root, with_validation="validation" in card.accuracy
-    )
+    model = _load_weights(place, card, dataset, models).to(device)
+    normalize = Normalize(dataset.mean, dataset.std, device)
+    measured = _accuracies(model, dataset, normalize, root, with_validation="validation" in card.accuracy)
     for split, accuracy in card.accuracy.items():
         if abs(measured[split] - accuracy) > 0.1:
             raise UserError(
@@ -331,12 +336,14 @@ def import_checkpoint(
     root: Path | None = None,
     minimum: float | None = None,
     models: Builders | None = None,
+    device: torch.device | str = "cpu",
 ) -> TeacherCard:
     """Take over a foreign ``.pth`` or ``.safetensors`` file: a state dict, or a dictionary with one (``_STATE_KEYS``).
 
     The key names are those of zju-vipa/CMI's modules, ``module.`` prefixes are dropped. Read with
     ``weights_only=True``; what doesn't fit is refused. ``minimum``: refuse below this test accuracy [%]; default:
-    five times chance or 50 %, whichever is smaller, so that a checkpoint of another data set is not taken.
+    five times chance or 50 %, whichever is smaller, so that a checkpoint of another data set is not taken. That
+    accuracy is measured on ``device``, in fp32.
     """
     check_model(model_name, dataset.num_classes, dataset.image_shape, models or {})
     state = _read_foreign(file)
@@ -344,9 +351,9 @@ def import_checkpoint(
     state = {**_batch_counters(model, state), **state}
     _check_fits(state, model, file, model_name, dataset)
     model.load_state_dict(state)
-    model.eval()
-    normalize = Normalize(dataset.mean, dataset.std)
-    accuracy = _accuracies(model, dataset, normalize, root, with_validation=False)
+    model.eval().to(device)
+    accuracy = _accuracies(model, dataset, Normalize(dataset.mean, dataset.std, device), root, with_validation=False)
+    model.cpu()
     wanted = min(50.0, 500.0 / dataset.num_classes) if minimum is None else minimum
     if accuracy["test"] < wanted:
         raise UserError(

@@ -134,6 +134,25 @@ def test_a_full_pool_stays_where_it_lies() -> None:
     assert pool.images.untyped_storage().nbytes() == 10 * 4
 
 
+@pytest.mark.parametrize("batches", [(4,) * 9, (4, 6, 6, 6, 6, 6), (9, 2, 2, 2)])
+def test_a_pool_ends_no_larger_than_its_images(batches: tuple[int, ...]) -> None:
+    """Doubling would end with up to twice the room. Here the first call is smaller or larger than those that follow."""
+    pool = Pool((1, 2, 2), CPU, stream(), adds=len(batches))
+    for size in batches:
+        pool.add(numbered(len(pool), len(pool) + size))
+    assert pool.images[:, 0, 0, 0].tolist() == list(range(sum(batches)))
+    assert pool.images.untyped_storage().nbytes() <= 4 * max(sum(batches), batches[0] * len(batches))
+
+
+def test_a_pool_goes_on_counting_after_a_checkpoint() -> None:
+    pool, other = (Pool((1, 2, 2), CPU, stream(), adds=4) for _ in range(2))
+    for _ in range(3):
+        pool.add(numbered(0, 4))
+    other.load_state_dict(pool.state_dict(), pool.images, {})
+    other.add(numbered(0, 4))
+    assert other.images.untyped_storage().nbytes() == 16 * 4
+
+
 def test_a_cap_larger_than_the_pool_changes_nothing() -> None:
     capped, other = new_pool(cap=100), new_pool()
     for pool in (capped, other):

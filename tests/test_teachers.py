@@ -403,7 +403,7 @@ def test_no_teachers_yet(home: Path) -> None:
 
 def test_verify_of_an_unknown_name_lists_those_at_hand(at_hand: Path) -> None:
     with pytest.raises(UserError, match=f"no teacher 'nobody'; at hand: {at_hand.name}"):
-        list(teacher_commands.verify("nobody", None, plugins.discover()))
+        list(teacher_commands.verify("nobody", "cpu", None, plugins.discover()))
 
 
 # --- Foreign checkpoints ----------------------------------------------------------------------------------------------
@@ -423,7 +423,7 @@ def test_a_foreign_checkpoint_is_taken_over(prefix: str, key: str, at_hand: Path
 
 def test_a_safetensors_file_is_taken_over(at_hand: Path, tmp_path: Path) -> None:
     file = shutil.copy(at_hand / "weights.safetensors", tmp_path / "digits_convnet8.safetensors")
-    line = teacher_commands.import_(file, None, None, None, None, plugins.discover())
+    line = teacher_commands.import_(file, None, None, None, "cpu", None, plugins.discover())
     assert f"{teachers.read_card(at_hand).accuracy['test']:.2f} % test accuracy" in line
 
 
@@ -579,7 +579,7 @@ def test_a_model_for_colours_is_taken_over_whole(home: Path, pth: Callable[..., 
 
 def test_the_files_name_tells_data_set_and_model(at_hand: Path, pth: Callable[..., Path]) -> None:
     file = pth(weights_of(at_hand), "digits_convnet8.pth")
-    line = teacher_commands.import_(file, None, None, None, None, plugins.discover())
+    line = teacher_commands.import_(file, None, None, None, "cpu", None, plugins.discover())
     assert line.startswith("convnet8-")
     assert "on digits: " in line
 
@@ -604,7 +604,7 @@ def test_an_import_with_a_wrong_name_is_one_line(
     if "no file" in words:
         file.unlink()
     with pytest.raises(UserError) as caught:
-        teacher_commands.import_(file, dataset_name, model, None, None, plugins.discover())
+        teacher_commands.import_(file, dataset_name, model, None, "cpu", None, plugins.discover())
     assert words in one_line(caught)
 
 
@@ -639,3 +639,11 @@ def test_a_wrong_teacher_setting_is_one_line(settings: list[str], words: str, da
 def test_a_card_reads_back(at_hand: Path) -> None:
     card = teachers.read_card(at_hand)
     assert TeacherCard.model_validate_json(card.model_dump_json()) == card
+
+
+def test_a_device_that_is_not_there_is_told_before_a_teacher_is_measured(
+    at_hand: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="this machine has 0 CUDA devices"):
+        list(teacher_commands.verify(None, "cuda", None, plugins.discover()))
