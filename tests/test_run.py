@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -594,3 +595,26 @@ def test_a_fork_server_that_dies_is_one_line(monkeypatch: pytest.MonkeyPatch, tm
     monkeypatch.setattr(multiprocessing.get_context("forkserver").Process, "start", start)
     with pytest.raises(UserError, match="the server that runs are forked from has died"):
         local._all([None], print, Place(tmp_path), ["cpu"], print)
+
+
+class Destroyed:
+    """What is destroyed while a signal comes."""
+
+    def __del__(self) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def deaf(_task: None, _place: Place, connection: Any) -> None:
+    """A child that gets SIGTERM where Python drops what the handler raises."""
+
+    def work() -> None:
+        sys.unraisablehook = lambda _: None
+        Destroyed()
+        local._tell(connection, ("error", "went on"))
+
+    local._guarded(work, connection)
+
+
+def test_a_signal_that_python_drops_ends_a_run_at_its_next_report() -> None:
+    (ending,) = local._all([None], deaf, Place(Path()), ["cpu"], lambda event: None)
+    assert "its work was done" in ending

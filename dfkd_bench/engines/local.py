@@ -11,6 +11,7 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import signal
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -204,6 +205,8 @@ def _died(code: int) -> str:
 
 # -- in the child ---------------------------------------------------------------------------------------------------
 
+_asked_to_stop = threading.Event()
+
 
 def _environment() -> dict[str, str]:
     """This project's variables as they are now: the fork server keeps those of its own start."""
@@ -226,8 +229,10 @@ def _in_environment(environment: dict[str, str], child: Callable[..., None], *ar
 def _stopped(_signal: int, _frame: Any) -> None:
     """Ctrl-C, and SIGTERM likewise: the run gives its lease back, so that whoever takes it up need not wait.
 
-    Only the first counts: after Ctrl-C, or a batch system's SIGTERM to all processes, the parent sends another.
+    Only the first counts: after Ctrl-C, or a batch system's SIGTERM to all processes, the parent sends another. Python
+    drops an exception that is raised while it destroys an object, so the next report to the parent raises it again.
     """
+    _asked_to_stop.set()
     for other in (signal.SIGINT, signal.SIGTERM):
         signal.signal(other, lambda *_: None)  # not SIG_IGN: Python complains of one that has come already
     raise KeyboardInterrupt
@@ -235,6 +240,8 @@ def _stopped(_signal: int, _frame: Any) -> None:
 
 def _tell(connection: Connection, message: tuple[str, Any]) -> None:
     """Report to the parent. If it is gone, the run stops as by Ctrl-C, to be taken up again."""
+    if _asked_to_stop.is_set():
+        raise KeyboardInterrupt
     try:
         connection.send(message)
     except OSError:
