@@ -122,14 +122,16 @@ def _doing(step: Step) -> str:
 
 @contextmanager
 def show_repeats(console: Console, quiet: bool = False) -> Iterator[Callable[[int, int], None]]:
-    """What a measurement reports to: repeats done, and of how many."""
+    """What a measurement reports to: repeats done, and of how many. What is left is told by the repeats alone."""
     start = time.monotonic()
+    first: list[float] = []  # the end of the first repeat: before it the forms were built and warmed up
 
     def line(done: int, count: int) -> None:
+        now = time.monotonic()
+        first[:] = first or [now]
         if done == count or done % max(1, count // 5) == 0:
-            elapsed = time.monotonic() - start
-            left = elapsed / done * (count - done)
-            console.print(f"repeat {done}/{count} ({elapsed:.0f} s, about {left:.0f} s left)")
+            left = (now - first[0]) / max(1, done - 1) * (count - done)
+            console.print(f"repeat {done}/{count} ({now - start:.0f} s, about {left:.0f} s left)")
 
     if quiet:
         yield lambda done, count: None

@@ -48,3 +48,18 @@ def test_a_reason_is_printed_as_it_is(terminal: bool) -> None:
     say = progress._Bars(progress._bars(console)) if terminal else progress._Lines(console)
     say(run_step(0, 0.5, "failed", reason="ValueError: no images in [/data/x], [sbert, clip] :dog:"))
     assert "ValueError: no images in [/data/x], [sbert, clip] :dog:" in lines.getvalue()
+
+
+def test_what_is_left_of_a_measurement_is_told_by_its_repeats(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Building the forms took 90 s before the first repeat ended, each further one takes 5 s."""
+    now = iter([0.0, 90.0, 95.0, 100.0, 105.0])
+    monkeypatch.setattr("time.monotonic", lambda: next(now))
+    file = io.StringIO()
+    with progress.show_repeats(Console(file=file)) as report:
+        for done in range(1, 5):
+            report(done, 4)
+    assert file.getvalue().splitlines()[1:] == [
+        "repeat 2/4 (95 s, about 10 s left)",
+        "repeat 3/4 (100 s, about 5 s left)",
+        "repeat 4/4 (105 s, about 0 s left)",
+    ]

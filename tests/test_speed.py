@@ -572,3 +572,16 @@ def test_the_figure_says_each_form_s_precision(measured: values.Speed, tmp_path:
     said = [line.strip(" <!->") for line in lines if line.strip().startswith("<!--")]
     places = [place for place, text in enumerate(said) if text in figure.LABELS.values()]
     assert [said[place + 1] for place in places] == ["bf16", "fp32", "fp32", "fp32"]
+
+
+COMMITTED = sorted((Path(__file__).parents[1] / "results" / "speed").glob("*.json"))
+
+
+@pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.stem)
+def test_a_committed_measurement_has_its_own_name(path: Path) -> None:
+    assert values.read(path).name == path.stem
+
+
+def test_a_name_keeps_the_words_of_a_processor_apart(measured: values.Speed) -> None:
+    facts = {**measured.hardware, "cpu": "AMD EPYC (family 26, model 2)", "threads": 2}
+    assert "_AMD-EPYC-family-26-model-2_cpu2_" in measured.model_copy(update={"hardware": facts}).name

@@ -106,9 +106,9 @@ class Speed(Frozen):
     def name(self) -> str:
         """File name without suffix: what was measured on which kind of device."""
         channels, side, _ = self.image_shape
-        place = str(self.hardware.get("gpu", f"{self.hardware['cpu']}_cpu{self.hardware['threads']}"))
+        cpu = [str(self.hardware["cpu"]), f"cpu{self.hardware['threads']}"]
         parts = [self.method, self.pair, f"b{self.batch}", f"g{self.synthesis_batch}", f"{channels}x{side}"]
-        parts += [f"k{self.classes}", place, self.precision]
+        parts += [f"k{self.classes}", *([str(self.hardware["gpu"])] if "gpu" in self.hardware else cpu), self.precision]
         return "_".join(re.sub(r"[^\w.]+", "-", part).strip("-") for part in parts)
 
 
