@@ -94,6 +94,10 @@ class Source:
         files = [_meaning(tree), *map(_meaning, _parts(tree))]
         return hashlib.sha256("".join(map(text, files)).encode()).hexdigest()
 
+    def same_code(self) -> frozenset[str]:
+        """Hashes of today's source alone, by the rule of today and by that of earlier records and checkpoints."""
+        return frozenset({self.source_sha256(), self._hash(ast.unparse)})
+
     def same_results(self) -> frozenset[str]:
         """Hashes of sources that make the same records: today's, and earlier ones that the file names."""
         return frozenset({self.source_sha256()}) | self.earlier_sources()
@@ -139,6 +143,8 @@ def _meaning(tree: ast.Module) -> ast.Module:
 
 def _tree_text(value: object) -> str:
     """A tree as a text of its nodes; fields that are empty are left out, for newer versions of Python have more."""
+    if isinstance(value, ast.JoinedStr):  # some versions put empty texts between the parts of an f-string
+        value.values = [part for part in value.values if not (isinstance(part, ast.Constant) and part.value == "")]
     if isinstance(value, ast.AST):
         fields = [f"{name}={_tree_text(field)}" for name, field in ast.iter_fields(value) if field not in (None, [])]
         return f"{type(value).__name__}({', '.join(fields)})"

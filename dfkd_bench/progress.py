@@ -131,7 +131,8 @@ def show_repeats(console: Console, quiet: bool = False) -> Iterator[Callable[[in
         first[:] = first or [now]
         if done == count or done % max(1, count // 5) == 0:
             left = (now - first[0]) / max(1, done - 1) * (count - done)
-            console.print(f"repeat {done}/{count} ({now - start:.0f} s, about {left:.0f} s left)")
+            about = f", about {left:.0f} s left" if done > 1 else ""
+            console.print(f"repeat {done}/{count} ({now - start:.0f} s{about})")
 
     if quiet:
         yield lambda done, count: None

@@ -113,9 +113,11 @@ def failed(
     The method's file may have been edited meanwhile, or be gone, which must not hide the error. ``facts``: of the code
     that ran, where they are known.
     """
-    source = found.methods[job.method]
-    knowledge = source.card().get("knowledge")
-    if facts is None:
+    source = found.methods.get(job.method)
+    knowledge = source.card().get("knowledge") if source else None
+    if facts is None and source is None:
+        facts = MethodFacts(origin="gone", distribution="", version="", source_sha256="")
+    if facts is None and source is not None:
         try:
             facts = _method_facts(source)
         except (OSError, SyntaxError, ValueError):
@@ -560,7 +562,8 @@ class _Run:
     def _fits(self, state: Mapping[str, Any]) -> bool:
         """Whether the run can go on from ``state``. The device is the user's choice, so another one is a question."""
         made_by, mine = state.get("made_by", {}), self._made_by()
-        if any(made_by.get(name) != mine[name] for name in ("source", "teacher")):
+        code = self.found.source(self.job.method).same_code()
+        if made_by.get("source") not in code or made_by.get("teacher") != mine["teacher"]:
             self.folder.log("started anew: the checkpoint is of other code of the method, or of another teacher\n")
             return False
         if made_by["device"] != mine["device"]:

@@ -200,6 +200,17 @@ def test_arrays_are_read_only() -> None:
         TOY.split("test").images[0] = 0
 
 
+def test_a_tensor_of_an_array_that_is_written_to_changes_nobody_elses() -> None:
+    """Of a read-only mapping PyTorch would make a tensor, and a write to it would end the process."""
+    images = TOY.split("test").images
+    before = images.copy()
+    for wanted, tensor in ((before, data.as_tensor(images)), (before[2:], data.as_tensor(images[2:].copy()))):
+        assert np.array_equal(tensor.numpy(), wanted)
+        tensor.add_(1)
+        assert not np.array_equal(tensor.numpy(), wanted)
+    assert np.array_equal(TOY.split("test").images, before)
+
+
 # --- MNIST's format ---------------------------------------------------------------------------------------------------
 
 

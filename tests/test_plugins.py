@@ -13,7 +13,7 @@ import pytest
 
 from dfkd_bench import data, plugins
 from dfkd_bench.errors import UserError
-from dfkd_bench.plugins import Source, _meaning, discover, method_file
+from dfkd_bench.plugins import Source, _meaning, _tree_text, discover, method_file
 
 METHOD = '''
 """A method for these tests."""
@@ -338,6 +338,16 @@ def test_the_hash_is_the_same_in_every_python(write: Callable[[str, str], Path])
     """Python 3.12 writes the quotes of such a text otherwise than 3.11 does, and has fields that 3.11 lacks."""
     source = source_of(write("a", """def f(x: dict[str, int]) -> str:\n    return f"{x['a']!r:>5} {1.5}"\n"""))
     assert source.source_sha256() == "af18c6a97c5a2f10c3f35006a5c2814e932889f14d814616fd245cb8f8e951ef"
+
+
+def test_an_empty_text_in_an_f_string_is_no_other_code() -> None:
+    """Python 3.12.1 has one behind a format within a format."""
+    tree = ast.parse("""f"{x:>{w}}\"""")
+    plain = _tree_text(tree)
+    text = next(node for node in ast.walk(tree) if isinstance(node, ast.FormattedValue)).format_spec
+    assert isinstance(text, ast.JoinedStr)
+    text.values.append(ast.Constant(""))
+    assert _tree_text(tree) == plain
 
 
 @pytest.mark.parametrize("value", ["'0ld'", "made()", "(1,)"])

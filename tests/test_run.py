@@ -393,6 +393,14 @@ def test_a_checkpoint_of_other_code_or_another_teacher_is_not_gone_on_with(
     assert (record.resumes, [point.epoch for point in record.curve]) == (0, [0, 1, 2])
 
 
+def test_a_checkpoint_that_names_the_same_code_by_the_earlier_rule_is_gone_on_with(fresh: Path, tmp_path: Path) -> None:
+    job, place = interrupted(tmp_path)
+    source = plugins.discover(place.plugin_files).source("noise")
+    (earlier,) = source.same_code() - {source.source_sha256()}
+    change_maker(job, source=earlier)
+    assert run(job, place).resumes == 1
+
+
 def test_a_checkpoint_of_another_device_is_kept_and_told(fresh: Path, tmp_path: Path) -> None:
     job, place = interrupted(tmp_path)
     change_maker(job, device="cuda")
@@ -501,6 +509,13 @@ def test_an_error_is_recorded_whatever_has_become_of_the_file(edited: str | None
     record = run(job, Place(tmp_path, plugin_files=(path,), device="cpu"), edit)
     assert (record.reason, record.method.source_sha256) == ("ZeroDivisionError: no luck", before)
     assert failed(job, found, "it died").knowledge == "not stated"
+
+
+def test_a_run_whose_method_is_gone_is_a_failed_row(fresh: Path, tmp_path: Path) -> None:
+    path = plugin(tmp_path, "failing", FAILING)
+    (job,) = jobs_of("failing", (path,))
+    record = failed(job, plugins.discover(), "it died")
+    assert (record.status, record.reason, record.method.source_sha256) == ("failed", "it died", "")
 
 
 def test_knowledge_of_the_wrong_type_fails_before_the_work(fresh: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ Part = Literal["train", "test"]
 """What is published. The splits ``train`` and ``validation`` come from the part ``train``."""
 
 BLOCK = 256  # images that are decoded and written at a time
+PRIVATE_BYTES = 2**30  # of an array that may be written to without harm
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,10 +38,16 @@ class Arrays:
 def as_tensor(array: NDArray) -> Tensor:
     """The array as a tensor that shares its memory: a memory-mapped one stays on disk until its rows are read.
 
-    It is not to be written to.
+    It is not to be written to. Who does so nevertheless changes a copy of their own, up to ``PRIVATE_BYTES``; beyond
+    that the process is killed, for a system refuses private copies of more than it has memory for.
     """
+    import numpy as np
     import torch
 
+    base: object = array.base  # of a part of an array it is the whole one
+    whole = isinstance(base, mmap.mmap) and array.nbytes <= PRIVATE_BYTES
+    if whole and isinstance(array, np.memmap) and array.filename is not None:
+        array = np.memmap(array.filename, array.dtype, "c", array.offset, array.shape)
     with warnings.catch_warnings():  # torch warns of arrays that can't be written
         warnings.simplefilter("ignore", UserWarning)
         return torch.from_numpy(array)

@@ -75,6 +75,7 @@ def run_jobs(jobs: Sequence[Job], place: Place, devices: Sequence[str], listen: 
 
     Raises ``UserError`` as soon as a job needs something that the user must put right.
     """
+    found = plugins.discover(place.plugin_files)  # now: a plugin's file may be changed, or be gone, when a run has died
     endings = _all(jobs, _run_child, place, devices, listen)
     records: list[Record | None] = []
     for job, ending in zip(jobs, endings, strict=True):
@@ -85,7 +86,7 @@ def run_jobs(jobs: Sequence[Job], place: Place, devices: Sequence[str], listen: 
             records.append(read(path))
         else:  # the process died without a word, twice, or somebody took the record away
             reason = ending or "its record was removed while the command was at work"
-            record = failed(job, plugins.discover(place.plugin_files), reason)
+            record = failed(job, found, reason)
             write(place.output, record)
             records.append(record)
     return records

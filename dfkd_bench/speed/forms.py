@@ -70,7 +70,9 @@ class Form(ABC):
 
     def peak(self) -> int | None:
         """Peak memory since the warm-up began [bytes]."""
-        return peak_memory(self.device) if self._new_peak else None
+        if not self._new_peak:
+            return None
+        return _resident_peak() if self.device.type == "cpu" else peak_memory(self.device)
 
 
 class Ours(Form):
@@ -164,7 +166,7 @@ class PlainForm(Form):
     def __init__(self, asked: Question, device: torch.device, threads: int, found: plugins.Plugins) -> None:
         torch.set_num_threads(threads)
         self.device, self.steps = device, asked.steps
-        bench = Bench(asked, device, "fp32", threads, found)  # gone at the end of this: it would count in the memory
+        bench = _bench_of_ordinary_code(asked, device, threads, found)  # gone at the end: it would count in the memory
         self.plain = Plain(bench.config, bench.schedule, bench.task, *bench.fresh_models())
         self.images, self.held_out = bench.student_images.float().contiguous(), bench.held_out
 
@@ -197,7 +199,7 @@ class ReleasedForm(Form):
     def __init__(self, asked: Question, device: torch.device, threads: int, found: plugins.Plugins) -> None:
         torch.set_num_threads(threads)
         self.device, self.steps = device, asked.steps
-        bench = Bench(asked, device, "fp32", threads, found)
+        bench = _bench_of_ordinary_code(asked, device, threads, found)
         plain = Plain(bench.config, bench.schedule, bench.task, *bench.fresh_models())
         self._folder = tempfile.TemporaryDirectory()
         self.released = ReleasedManner(plain, Path(self._folder.name), asked.batch)
@@ -243,10 +245,16 @@ class Order:
             form = Ours(self.asked, self.device, precision, self.threads, found)
         else:
             kinds = {"plain": PlainForm, "released": ReleasedForm}
-            torch.backends.cudnn.allow_tf32 = True  # PyTorch's default, and so what ordinary code computes in on a GPU
             form = kinds[self.name](self.asked, self.device, self.threads, found)
         form.warm_up()
         return form
+
+
+def _bench_of_ordinary_code(asked: Question, device: torch.device, threads: int, found: plugins.Plugins) -> Bench:
+    """For its images and models. The process computes as PyTorch does by itself afterwards, with TF32 on a GPU."""
+    bench = Bench(asked, device, "fp32", threads, found)
+    torch.backends.cudnn.allow_tf32 = True  # the bench, a run, has turned it off
+    return bench
 
 
 def _times(count: int, call: Callable[[], object]) -> Callable[[], None]:
@@ -267,3 +275,9 @@ def _forget_peak(device: torch.device) -> bool:
     except OSError:
         return False
     return True
+
+
+def _resident_peak() -> int:
+    """Of this process, from where ``clear_refs`` began it anew: what getrusage tells is never below the parent's."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
+    return int(line.split()[1]) * 1024

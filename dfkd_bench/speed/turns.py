@@ -8,13 +8,16 @@ memory may not hold all forms, each form has all its repeats before the next one
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
+from multiprocessing import resource_tracker
 from types import TracebackType
 from typing import TypeVar
 
@@ -28,20 +31,27 @@ _here = threading.local()
 
 
 class Apart:
-    """A form in a process of its own; used in a ``with``, which ends it."""
+    """A form in its own process, which starts at once. ``begin`` builds the form, the ``with`` ends the process."""
 
     def __init__(self, order: Order) -> None:
         self.name = order.name
         self._order = order
         self._process = new_process()
-        self._process.submit(_wake)  # all processes import torch at once, before any of them makes its form
+        with _without_ctrl_c():
+            self._process.submit(_wake)  # all processes import torch at once, before any of them makes its form
 
     def __enter__(self) -> Apart:
-        self._ask(_begin, self._order)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if kind is not None:  # Ctrl-C, say: nobody waits for the end of a repeat
+            for process in list((getattr(self._process, "_processes", None) or {}).values()):
+                process.terminate()
         self._process.shutdown(wait=True, cancel_futures=True)
+
+    def begin(self) -> None:
+        """Build the form and warm it up."""
+        self._ask(_begin, self._order)
 
     def repeat(self) -> Seconds:
         """One repeat of its steps."""
@@ -70,6 +80,8 @@ def take_turns(
     for group in groups:
         with ExitStack() as stack:
             forms = [stack.enter_context(Apart(order)) for order in group]
+            for form in forms:
+                form.begin()
             rounds: dict[str, list[Seconds]] = {form.name: [] for form in forms}
             for _ in range(repeat):
                 for form in forms:
@@ -84,13 +96,36 @@ def new_process() -> Executor:
     return ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
 
 
+@contextlib.contextmanager
+def _without_ctrl_c() -> Iterator[None]:
+    """Ctrl-C waits. A process that is started inside does not get it either: it would print a traceback."""
+    resource_tracker.ensure_running()  # starting a process does it, and unblocks the signal
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+# -- in the form's process ------------------------------------------------------------------------------------------
+
+
 def _wake() -> None:
-    """Nothing: to find it the process has imported this file."""
+    """To find it the process has imported this file. It ends with its parent, and Ctrl-C is the parent's."""
+    parent = multiprocessing.parent_process()
+    if parent is None or threading.current_thread() is not threading.main_thread():
+        return
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    threading.Thread(target=watch, daemon=True, name="parent").start()
 
 
 def _begin(order: Order) -> None:
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the command's
     _here.form = order.make()
 
 
