@@ -35,6 +35,12 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
+def tests_in_children(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes that a test starts find what its file defines: last on the path, behind the package under test."""
+    monkeypatch.setattr(sys, "path", [*sys.path, str(Path(__file__).parents[1])])
+
+
+@pytest.fixture
 def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str, str], None]:
     """``install(module, text, entry points)``: a package as pip would leave it, for this test alone."""
     site = tmp_path / "site"

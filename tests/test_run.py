@@ -630,6 +630,6 @@ def deaf(_task: None, _place: Place, connection: Any) -> None:
     local._guarded(work, connection)
 
 
-def test_a_signal_that_python_drops_ends_a_run_at_its_next_report() -> None:
+def test_a_signal_that_python_drops_ends_a_run_at_its_next_report(tests_in_children: None) -> None:
     (ending,) = local._all([None], deaf, Place(Path()), ["cpu"], lambda event: None)
     assert "its work was done" in ending

@@ -494,20 +494,28 @@ def is_gone(pid: int) -> bool:
     return False
 
 
-def test_ctrl_c_ends_the_forms_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_ends_the_forms_at_once(
+    tmp_path: Path, tests_in_children: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(turns, "new_process", NEW_PROCESS)
     orders: Any = [Slow(tmp_path / "pid")]
 
     def interrupt() -> None:
-        process_of(tmp_path / "pid")
+        while not (tmp_path / "pid").exists():
+            if (tmp_path / "done").exists():
+                return
+            time.sleep(0.05)
         os.kill(os.getpid(), signal.SIGINT)
 
     thread = threading.Thread(target=interrupt)
     thread.start()
     began = time.monotonic()
-    with pytest.raises(KeyboardInterrupt):
-        list(turns.take_turns(orders, 1, lambda: None))
-    thread.join()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            list(turns.take_turns(orders, 1, lambda: None))
+    finally:
+        (tmp_path / "done").touch()
+        thread.join()
     assert is_gone(process_of(tmp_path / "pid"))
     assert time.monotonic() - began < 50
 
@@ -536,7 +544,7 @@ def test_a_form_ends_with_a_command_that_is_killed(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the system can't begin a new peak of memory")
-def test_a_forms_memory_is_not_that_of_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_forms_memory_is_not_that_of_the_command(tests_in_children: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """A process that is started has the peak of the one that starts it, by getrusage."""
     monkeypatch.setattr(turns, "new_process", NEW_PROCESS)
     filled = bytearray(b"x") * (3 * 2**30)
@@ -580,7 +588,7 @@ class Killed(FakeOrder):
         raise AssertionError("still there")
 
 
-def test_a_form_whose_process_is_killed_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_form_whose_process_is_killed_is_one_line(tests_in_children: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(turns, "new_process", NEW_PROCESS)
     orders: Any = [Killed()]
     with pytest.raises(UserError, match="the process that timed 'plain' was killed, for want of memory perhaps"):
@@ -597,7 +605,7 @@ class Refused(FakeOrder):
         raise UserError(f"not in process {os.getpid()}")
 
 
-def test_an_error_comes_back_from_another_process(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_comes_back_from_another_process(tests_in_children: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(turns, "new_process", NEW_PROCESS)
     orders: Any = [Refused()]
     with pytest.raises(UserError, match=rf"not in process (?!{os.getpid()}\b)\d+"):

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from dfkd_bench import compute, plugins, teacher_commands, teachers
 from dfkd_bench.compute import Compute
-from dfkd_bench.data import Arrays, DataSet, Part, RawData, dataset
+from dfkd_bench.data import Arrays, DataSet, Part, RawData, _arrays, dataset
 from dfkd_bench.engines.local import TeacherTask, _teacher_child
 from dfkd_bench.errors import UserError
 from dfkd_bench.job import Recipe, TeacherSpec
@@ -195,13 +195,28 @@ def test_a_teacher_is_the_same_where_its_images_do_not_fit_on_the_device(
     assert card.accuracy == teachers.read_card(kept).accuracy
 
 
-def test_prepared_images_are_mapped_and_not_copied(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def mapped_file(tensor: Tensor) -> str:
+    """The file whose mapping holds the tensor's memory; empty if there is none."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        span, *_, name = line.split()
+        first, last = (int(end, 16) for end in span.split("-"))
+        if first <= tensor.data_ptr() < last:
+            return name if name.startswith("/") else ""
+    return ""
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="the system doesn't tell what is mapped")
+@pytest.mark.parametrize("private", [0, 2**30])
+def test_prepared_images_are_mapped_and_not_copied(private: int, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Large ones as they were opened, others anew, so that they may be written to."""
     opened = DIGITS.split("train").images
+    monkeypatch.setattr(_arrays, "PRIVATE_BYTES", private)
     monkeypatch.setattr(DataSet, "split", lambda *_: Arrays(opened, np.zeros(len(opened), np.int64)))
     lent = teachers.labelled(DIGITS, ("train",), None).images
     assert isinstance(lent, Tensor)
-    assert lent.data_ptr() == opened.ctypes.data
     assert isinstance(opened, np.memmap)
+    assert mapped_file(lent) == str(opened.filename)
+    assert (lent.data_ptr() == opened.ctypes.data) == (private == 0)
 
 
 @pytest.mark.parametrize("stop_after", [1, 2])
