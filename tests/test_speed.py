@@ -237,6 +237,15 @@ def test_work_of_a_convolution_and_its_backward() -> None:
     assert timing.work_of(lambda: layer(images).sum().backward()).flop == 3 * forward
 
 
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize("kind", [nn.Conv2d, nn.ConvTranspose2d])
+def test_work_of_a_grouped_convolution_is_three_times_its_forward(kind: Any, groups: int) -> None:
+    images, layer = torch.zeros(2, 4, 8, 8, requires_grad=True), kind(4, 8, 3, padding=1, groups=groups, bias=False)
+    forward = timing.work_of(lambda: layer(images)).flop
+    assert forward == 2 * 2 * 8 * 64 * 4 // groups * 9
+    assert timing.work_of(lambda: layer(images).sum().backward()).flop == 3 * forward
+
+
 def test_share_is_of_the_best_at_the_same_precision() -> None:
     shares = [values.cell((0.25,), 8, WORK, precision, MACHINE).share_of_peak for precision in ("fp32", "bf16")]
     assert shares == [pytest.approx(0.8), pytest.approx(0.2)]
@@ -371,6 +380,9 @@ def test_every_method_in_bf16_has_itself_in_fp32_beside_it(small_machine: None) 
     speed = measure.measure(measure.Question("dafl", **TINY), FOUND, "cpu", "bf16")  # type: ignore[arg-type]
     assert [row.name for row in speed.rows if row.exact] == [row.name for row in speed.rows]
     assert not any(row.plain or row.released for row in speed.rows)
+    exact = measure.measure(measure.Question("dafl", **TINY), FOUND, "cpu", "fp32")  # type: ignore[arg-type]
+    assert [row.flop for row in speed.rows] == [row.flop for row in exact.rows]  # bf16's kernels tell no counter
+    assert all(row.flop > 0 for row in speed.rows)
 
 
 @pytest.mark.parametrize("step", [forms.GENERATOR, forms.STUDENT])
