@@ -33,6 +33,7 @@ from dfkd_bench.options import (
     Verbose,
     WorkOptions,
     expanded,
+    output_option,
     spread,
 )
 from dfkd_bench.printing import err, out, plain
@@ -404,16 +405,7 @@ def encode(
     dataset: DatasetName = None,
     labels: Annotated[Path | None, typer.Option(help="Own class names in place of --dataset, one a line.")] = None,
     prompt: Annotated[str, typer.Option(help="With {name} or {index}; or P1, P2, P3, nayer.")] = "nayer",
-    output: Annotated[
-        Path,
-        typer.Option(
-            "--output",
-            "-o",
-            envvar="DFKD_BENCH_RESULTS",
-            callback=expanded,
-            help="A .safetensors or .npy file, or a folder.",
-        ),
-    ] = DEFAULT_OUTPUT,
+    output: Annotated[Path, output_option("A .safetensors or .npy file, or a folder.")] = DEFAULT_OUTPUT,
     figure: Annotated[
         Path | None,
         typer.Option(

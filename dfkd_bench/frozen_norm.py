@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dfkd_bench.statistics import kept_neutral
+
 
 class _Frozen(torch.autograd.Function):
     """The forward is PyTorch's; the gradient is the slope times the one that comes, channels-last as the activation.
@@ -29,7 +31,7 @@ class _Frozen(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         slope, mean = ctx.saved_tensors
-        zero, one = torch.zeros_like(mean), torch.ones_like(mean)
+        zero, one = kept_neutral(mean.shape[0], mean.device)
         gradient = gradients[0].contiguous(memory_format=torch.channels_last)
         return torch.batch_norm_elemt(gradient, slope, zero, zero, one, 0.0), None, None, None, None, None
 

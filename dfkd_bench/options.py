@@ -42,16 +42,14 @@ DataRoot = Annotated[
     Path | None,
     typer.Option(help="Where raw data sets are; default: $DFKD_BENCH_DATA, else data/raw in the home folder."),
 ]
-Output = Annotated[
-    Path,
-    typer.Option(
-        "--output",
-        "-o",
-        envvar="DFKD_BENCH_RESULTS",
-        callback=expanded,
-        help="Records, tables and figures go here.",
-    ),
-]
+
+
+def output_option(text: str) -> Any:
+    """``--output`` with its variable, whose help is ``text``."""
+    return typer.Option("--output", "-o", envvar="DFKD_BENCH_RESULTS", callback=expanded, help=text)
+
+
+Output = Annotated[Path, output_option("Records, tables and figures go here.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 PrecisionName = Annotated[
     str,

@@ -435,7 +435,7 @@ class _Run:
     def _autocast_after(self) -> AbstractContextManager[object]:
         """For what a method does after a student step: replay trains its memory there, through the teacher.
 
-        On a CPU it is fp32, as in the records that were made so; on a GPU without TF32 that is ten times as slow.
+        On a CPU it is fp32, as in the records that were made so; on a GPU that would be without TF32 and slow.
         """
         return self.compute.autocast() if self.device.type == "cuda" else nullcontext()
 

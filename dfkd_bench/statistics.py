@@ -75,7 +75,7 @@ class _CudaMoments(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
         x, mean = ctx.saved_tensors
         slope, offset = _line(gradients, mean, x.numel() // x.shape[1])
-        return torch.batch_norm_elemt(x, slope, offset, *_kept_neutral(x.shape[1], x.device), 0.0)
+        return torch.batch_norm_elemt(x, slope, offset, *kept_neutral(x.shape[1], x.device), 0.0)
 
 
 class _Distance(torch.autograd.Function):
@@ -122,7 +122,7 @@ def _neutral(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @cache
-def _kept_neutral(channels: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def kept_neutral(channels: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """The same, made once, for kernels that only read them."""
     return torch.zeros(channels, device=device), torch.ones(channels, device=device)
 
