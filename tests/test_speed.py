@@ -26,16 +26,19 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from dfkd_bench import plugins
+from dfkd_bench import plugins, statistics
 from dfkd_bench.benchmarks import speed as command
 from dfkd_bench.errors import UserError
 from dfkd_bench.method import Batch, Method, Progress, Schedule, Task
 from dfkd_bench.optimise import build_optimizer
+from dfkd_bench.pool import Pool
 from dfkd_bench.speed import (
     bench,
     figure,
     forms,
     measure,
+    order,
+    ordinary,
     peak,
     plain,
     profiling,
@@ -209,8 +212,8 @@ def test_batches_are_the_written_images_truncated_and_normalised(
     monkeypatch.setattr(released_manner, "WORKERS", 0)
     task = make_task((channels, 8, 8), crop_padding=0, flip_keeps_class=False)
     value = 200.9 / 255  # 8 bits keep 200 of it
-    released_manner.ReleasedManner(object(), tmp_path, 4).write(torch.full((6, channels, 8, 8), value))  # type: ignore[arg-type]
-    batch = next(released_manner.loader(tmp_path, task, 4))
+    released_manner.write(torch.full((6, channels, 8, 8), value), tmp_path)
+    batch = next(released_manner.loader(tmp_path, released_manner.training_transform(task), 4))
     torch.testing.assert_close(batch, torch.full((4, channels, 8, 8), (200 / 255 - 0.5) / 0.25))
 
 
@@ -332,7 +335,7 @@ def small_machine() -> Iterator[None]:
         patch.setitem(peak.COPIED, "cpu", 2**16)
         patch.setitem(bench.EVALUATED, "cpu", 20)
         patch.setattr(released_manner, "WORKERS", 0)
-        patch.setattr(forms, "SETTLING", 0.0)
+        patch.setattr(released_manner, "SETTLING", 0.0)
         patch.setattr(turns, "new_process", lambda: ThreadPoolExecutor(1))  # where all of this is patched, too
         yield
 
@@ -371,15 +374,27 @@ def test_only_ours_has_the_asked_precision(measured: values.Speed) -> None:
     assert (first.ours.precision, first.exact.precision, first.plain.precision) == ("bf16", "fp32", "fp32")
 
 
-def test_another_method_in_fp32_has_dashes_for_other_forms(other: values.Speed) -> None:
+def test_fp32_has_no_fp32_beside_it(other: values.Speed) -> None:
     _, line = [line for line in text_of(other) if line.startswith("generator step  ")]
-    assert line.split()[2:] == ["-"] * 9
+    assert line.split()[2:5] == ["-"] * 3
+
+
+def test_another_method_has_itself_as_ordinary_code_beside_it(other: values.Speed) -> None:
+    there = {row.name: (bool(row.plain), bool(row.released)) for row in other.rows}
+    assert there == {
+        "generator step": (True, True),
+        "student step": (True, False),
+        "student step with batch": (True, True),
+        "teacher's answers": (True, False),
+        "evaluation": (True, False),
+    }
+    assert other.png_seconds is not None
 
 
 def test_every_method_in_bf16_has_itself_in_fp32_beside_it(small_machine: None) -> None:
     speed = measure.measure(measure.Question("dafl", **TINY), FOUND, "cpu", "bf16")  # type: ignore[arg-type]
     assert [row.name for row in speed.rows if row.exact] == [row.name for row in speed.rows]
-    assert not any(row.plain or row.released for row in speed.rows)
+    assert speed.png_seconds is None  # it keeps no pool
     exact = measure.measure(measure.Question("dafl", **TINY), FOUND, "cpu", "fp32")  # type: ignore[arg-type]
     assert [row.flop for row in speed.rows] == [row.flop for row in exact.rows]  # bf16's kernels tell no counter
     assert all(row.flop > 0 for row in speed.rows)
@@ -391,7 +406,7 @@ def test_work_is_of_one_step_however_many_a_call_has(step: str, small_machine: N
     for steps in (1, 3):
         with bench.temporary_home():
             asked = measure.Question("fm", **(TINY | {"steps": steps}))  # type: ignore[arg-type]
-            works.append(forms.Ours(asked, CPU, "fp32", 1, FOUND)._works()[step])
+            works.append(forms.Ours(asked, CPU, "fp32", 1, FOUND).works()[step])
     assert works[0] == works[1]
     assert works[0].flop > 0
 
@@ -401,7 +416,7 @@ def test_generating_a_batch_is_no_part_of_the_student_step(small_machine: None) 
     with bench.temporary_home():
         asked = measure.Question("dafl", **TINY)  # type: ignore[arg-type]
         ours = forms.Ours(asked, CPU, "fp32", 1, FOUND)
-        works = ours._works()
+        works = ours.works()
         made = timing.work_of(ours.bench.sampling)
     assert made.flop > 0
     assert works[forms.LOADED].flop == works[forms.STUDENT].flop + made.flop
@@ -422,6 +437,92 @@ def test_phases_of_an_epoch(measured: values.Speed) -> None:
 def test_peak_memory_is_of_each_form(measured: values.Speed) -> None:
     assert list(measured.peak_memory) == ["ours", "fp32", "plain", "released"]
     assert all(size > 2**24 for size in measured.peak_memory.values())
+
+
+# --- Any method as ordinary code --------------------------------------------------------------------------------------
+
+
+def small_bench(method: str) -> bench.Bench:
+    torch.manual_seed(0)
+    with bench.temporary_home():
+        return bench.Bench(measure.Question(method, **TINY), CPU, "fp32", 1, FOUND)  # type: ignore[arg-type]
+
+
+def layouts(model: nn.Module) -> set[bool]:
+    """Whether a weight of a convolution with several inputs and a window lies channels-last."""
+    kernels = [value for value in model.parameters() if value.dim() == 4 and min(value.shape[1:]) > 1]
+    return {value.is_contiguous(memory_format=torch.channels_last) for value in kernels}
+
+
+def test_ordinary_code_has_rows_and_leaves_nothing_behind(small_machine: None) -> None:
+    with ordinary.ordinary():
+        inside = small_bench("fm")
+    outside = small_bench("fm")
+    for built, channels_last in ((inside, False), (outside, True)):
+        networks = (built.task.teacher, built.method.generator, built._bench.student)  # type: ignore[attr-defined]
+        assert [layouts(network) for network in networks] == [{channels_last}] * 3
+    assert "contiguous" not in vars(Tensor)
+
+
+def test_ordinary_code_computes_what_the_method_does(small_machine: None) -> None:
+    """The same weights and images: an epoch moves both students to the same place, rounding apart."""
+    ends = []
+    for around in (contextlib.nullcontext, ordinary.ordinary):
+        with around():
+            built = small_bench("fm")
+            torch.manual_seed(1)
+            built.synthesis()
+            built.distillation()
+            ends.append(torch.cat([value.detach().flatten() for value in built._bench.student.parameters()]))
+    torch.testing.assert_close(*ends, rtol=1e-3, atol=1e-4)
+
+
+def test_moments_of_ordinary_code_are_the_projects() -> None:
+    x = torch.randn(4, 3, 5, 5)
+    torch.testing.assert_close(ordinary.moments(x), statistics.batch_moments(x))
+
+
+def test_ordinary_optimisers_are_torchs_default_ones() -> None:
+    for make in (torch.optim.Adam, torch.optim.SGD):
+        with ordinary.ordinary():
+            inside = make([nn.Parameter(torch.zeros(2))], lr=0.1, fused=True)
+        outside = make([nn.Parameter(torch.zeros(2))], lr=0.1, fused=True)
+        assert (inside.defaults["fused"], outside.defaults["fused"]) == (None, True)
+
+
+def test_the_host_waits_after_each_optimisers_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[torch.device] = []
+    monkeypatch.setattr(ordinary, "synchronize", waited.append)
+    value = nn.Parameter(torch.zeros(2))
+    value.grad = torch.ones(2)
+    optimizer = torch.optim.SGD([value], lr=0.1)
+    with ordinary.waiting(CPU):
+        optimizer.step()
+        optimizer.step()
+    optimizer.step()
+    assert waited == [CPU, CPU]
+
+
+def test_images_of_the_pool_go_through_files(small_machine: None, tmp_path: Path) -> None:
+    pool = Pool((3, 4, 4), CPU, torch.Generator())
+    pool.add(torch.zeros(6, 3, 4, 4), {"kept": torch.arange(6.0)})
+    released_manner.write(torch.full((6, 3, 4, 4), 200.9 / 255), tmp_path)
+    before = ordinary.FilesBefore(pool, tmp_path, 4, CPU)
+    images, extras = before.draw_with_extras(6)  # more than a batch of the loader
+    torch.testing.assert_close(images, torch.full((6, 3, 4, 4), 200 / 255))
+    assert sorted(extras["kept"].tolist()) == [0, 1, 2, 3, 4, 5]
+    before.close()
+
+
+@pytest.mark.parametrize("method", ["nayer", "fm"])
+def test_only_the_lead_methods_yardsticks_are_written_anew(method: str, small_machine: None) -> None:
+    with bench.temporary_home():
+        asked = measure.Question(method, **TINY)  # type: ignore[arg-type]
+        made = [order.Order(name, asked, CPU, "fp32", 1, ()).make() for name in ("plain", "released")]
+        for form in made:
+            form.facts()
+    any_method = [isinstance(form, ordinary.OrdinaryForm) for form in made]
+    assert any_method == [method != plain.METHOD] * 2
 
 
 # --- Forms in turn ----------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from dfkd_bench import run, teachers
+from dfkd_bench.augment import to_unit
 from dfkd_bench.compute import Compute
 from dfkd_bench.data import DataSet, Part, RawData
 from dfkd_bench.errors import UserError, validation_line
@@ -113,6 +114,25 @@ class Bench:
     def generator_steps(self) -> float:
         """Of one call of ``synthesize``: batches that pass through the teacher with gradient; 0: there are none."""
         return self.generated / self.asked.synthesis_batch
+
+    @property
+    def method(self) -> Method:
+        """The method that is measured."""
+        return self._bench.method
+
+    @property
+    def pool(self) -> Any:
+        """Where the runner puts images, and a method gets them."""
+        return self._bench.pool
+
+    @pool.setter
+    def pool(self, pool: Any) -> None:
+        self._bench.pool = pool
+
+    @property
+    def pooled(self) -> Tensor | None:
+        """A synthesised batch of the pool, [B, C, H, W] in [0, 1]; None: the method keeps none there."""
+        return to_unit(self.pool.images[: self.asked.synthesis_batch]) if len(self.pool) else None
 
     @property
     def student_images(self) -> Tensor:

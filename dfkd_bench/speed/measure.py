@@ -13,7 +13,8 @@ from dfkd_bench.errors import UserError
 from dfkd_bench.plugins import Plugins
 from dfkd_bench.speed import peak
 from dfkd_bench.speed.bench import Question, configure, temporary_home
-from dfkd_bench.speed.forms import EVALUATION, GENERATOR, LOADED, STUDENT, TEACH, Facts, Order, Seconds
+from dfkd_bench.speed.forms import EVALUATION, GENERATOR, LOADED, STUDENT, TEACH, Facts, Seconds
+from dfkd_bench.speed.order import Order
 from dfkd_bench.speed.plain import METHOD
 from dfkd_bench.speed.turns import take_turns
 from dfkd_bench.speed.values import Machine, Row, Speed, cell, row
@@ -44,11 +45,7 @@ def measure(
     prepare(where)
     torch.set_num_threads(threads)
     chosen = resolve_precision(precision, where, asked.side)
-    names = ["ours"]
-    if chosen != "fp32":
-        names.append("exact")  # ours in fp32: the one other form that every method has
-    if asked.method == METHOD:
-        names += ["plain", "released"]
+    names = ["ours", *(["exact"] if chosen != "fp32" else []), "plain", "released"]
     orders = [Order(name, asked, where, chosen, threads, found.files) for name in names]
     machine = peak.measure(where, chosen)
     done = 0

@@ -10,8 +10,9 @@ datafree_kd.py.
 
 from __future__ import annotations
 
+import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -24,6 +25,9 @@ from dfkd_bench.method import Task
 from dfkd_bench.speed.plain import Best, Plain
 
 WORKERS = 4
+SETTLING = 0.5
+"""Seconds in which a loader's processes fill their queues again and come to rest, to disturb no other form."""
+
 ENDLESS = 2**40  # images a pass: a released pool is so large that new passes hardly count
 
 
@@ -43,16 +47,10 @@ class ReleasedManner:
         images, _ = self.plain.synthesize(keep_on_host)
         return images
 
-    def write(self, images: Tensor) -> None:
-        """The batch as PNG files."""
-        pixels = images.clamp(0, 1).mul(255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-        for index, image in enumerate(pixels):
-            Image.fromarray(image.squeeze(2) if image.shape[2] == 1 else image).save(self.folder / f"{index}.png")
-
     def student_step(self) -> float:
         """One step on the loader's next batch; the loss, on the host."""
         if self._batches is None:
-            self._batches = loader(self.folder, self.plain.task, self.batch)
+            self._batches = loader(self.folder, training_transform(self.plain.task), self.batch)
         images = next(self._batches).to(self.plain.task.device)
         return float(self.plain.student_step(images).item())
 
@@ -63,10 +61,17 @@ def keep_on_host(images: Tensor, loss: Tensor, best: Best | None) -> Best:
     return best if best is not None and value >= best[1] else (images.cpu().clone(), value)
 
 
-def loader(folder: Path, task: Task, batch: int) -> Iterator[Tensor]:
-    """Normalised batches [b, C, H, W] of random files of ``folder``, for ever."""
+def write(images: Tensor, folder: Path) -> None:
+    """[B, C, H, W] in [0, 1] as one PNG file each, truncated to 8 bits."""
+    pixels = images.clamp(0, 1).mul(255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    for index, image in enumerate(pixels):
+        Image.fromarray(image.squeeze(2) if image.shape[2] == 1 else image).save(folder / f"{index}.png")
+
+
+def training_transform(task: Task) -> Callable[[Image.Image], Tensor]:
+    """The data set's: crop, flip, to tensor, normalise."""
     flip = [transforms.RandomHorizontalFlip()] if task.flip_keeps_class else []
-    transform = transforms.Compose(
+    made: Callable[[Image.Image], Tensor] = transforms.Compose(
         [
             transforms.RandomCrop(task.image_shape[1:], padding=task.crop_padding),
             *flip,
@@ -74,23 +79,32 @@ def loader(folder: Path, task: Task, batch: int) -> Iterator[Tensor]:
             transforms.Normalize(task.normalize.mean.flatten().tolist(), task.normalize.std.flatten().tolist()),
         ]
     )
-    images = Files(folder, transform, "L" if task.image_shape[0] == 1 else "RGB")
+    return made
+
+
+def loader(folder: Path, transform: Callable[[Image.Image], Tensor], batch: int) -> Iterator[Tensor]:
+    """Batches [b, C, H, W] of random files of ``folder``, for ever."""
+    images = Files(folder, transform)
     with warnings.catch_warnings():  # four workers on two cores is what released code does, wise or not
         warnings.simplefilter("ignore")
         sampler = RandomSampler(images, replacement=True, num_samples=ENDLESS)
         return iter(DataLoader(images, batch, sampler=sampler, num_workers=WORKERS))
 
 
-class Files(Dataset[Tensor]):
-    """The PNG files of a folder, read one by one."""
+def settle() -> None:
+    """Until the loader's processes are at rest."""
+    time.sleep(SETTLING)
 
-    def __init__(self, folder: Path, transform: transforms.Compose, mode: str) -> None:
-        self.files, self.transform, self.mode = sorted(folder.glob("*.png")), transform, mode
+
+class Files(Dataset[Tensor]):
+    """The PNG files of a folder, grey or of three colours, read one by one."""
+
+    def __init__(self, folder: Path, transform: Callable[[Image.Image], Tensor]) -> None:
+        self.files, self.transform = sorted(folder.glob("*.png")), transform
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, index: int) -> Tensor:
         with Image.open(self.files[index]) as image:
-            tensor: Tensor = self.transform(image.convert(self.mode))
-        return tensor
+            return self.transform(image.convert("L" if image.mode == "L" else "RGB"))

@@ -22,7 +22,8 @@ from types import TracebackType
 from typing import TypeVar
 
 from dfkd_bench.errors import UserError
-from dfkd_bench.speed.forms import Facts, Form, Order, Seconds
+from dfkd_bench.speed.forms import Facts, Form, Seconds
+from dfkd_bench.speed.order import Order
 
 T = TypeVar("T")
 
