@@ -18,6 +18,7 @@ from typing import Any, get_args
 
 from dfkd_bench import plugins, record
 from dfkd_bench.errors import UserError
+from dfkd_bench.files import safe_name
 from dfkd_bench.job import Precision
 from dfkd_bench.plan import make_plan
 from dfkd_bench.plugins import Plugins
@@ -104,7 +105,7 @@ def _trials(method: str, dataset: str, steps: int, output: Path) -> str:
 
     ``steps``: student steps of the suite; those of the trials are told where they are others.
     """
-    file = output / "trials" / f"{record.safe_name(dataset)}.json"
+    file = output / "trials" / f"{safe_name(dataset)}.json"
     kept: dict[str, Any] = json.loads(file.read_text()).get(method, {}) if file.is_file() else {}
     if not kept:
         return "-"

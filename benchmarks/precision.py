@@ -23,6 +23,7 @@ from rich.console import Console
 from dfkd_bench import plugins, record, teachers
 from dfkd_bench.engines.local import default_devices
 from dfkd_bench.errors import UserError
+from dfkd_bench.files import safe_name
 from dfkd_bench.job import Precision
 from dfkd_bench.plan import carry_out, make_plan
 from dfkd_bench.plugins import Plugins
@@ -120,7 +121,7 @@ def main() -> None:
         new = {method: compared(made, method, arguments.margin) for method in methods}
         for method in methods:
             print(line(method, new[method]))
-        path = folder / f"{record.safe_name(arguments.dataset)}.json"
+        path = folder / f"{safe_name(arguments.dataset)}.json"
         known = json.loads(path.read_text()) if path.is_file() else {}
         record.write_text(path, json.dumps({**known, **new}, indent=1) + "\n")
     except UserError as error:

@@ -31,6 +31,7 @@ from rich.console import Console
 from dfkd_bench import data, equal, plugins, record, teachers
 from dfkd_bench.engines.local import default_devices
 from dfkd_bench.errors import UserError
+from dfkd_bench.files import safe_name
 from dfkd_bench.plan import Plan, carry_out, make_plan
 from dfkd_bench.plugins import Plugins
 from dfkd_bench.progress import show
@@ -218,7 +219,7 @@ def main() -> None:
         for line in found.broken.values():
             print(f"warning: {line}", file=sys.stderr)
         suffix = "_equal" if protocol == "equal" else ""
-        path = arguments.output / "trials" / f"{record.safe_name(dataset)}{suffix}.json"
+        path = arguments.output / "trials" / f"{safe_name(dataset)}{suffix}.json"
         methods, finalists = split_list(arguments.methods), min(arguments.finalists, arguments.trials)
         if methods == (ALL,):
             methods = all_methods(found, protocol, dataset)

@@ -13,9 +13,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field, ValidationError, field_validator
 
-from dfkd_bench import record
 from dfkd_bench.data import DataSet
 from dfkd_bench.errors import UserError, unknown, validation_line
+from dfkd_bench.files import safe_name
 from dfkd_bench.job import Job, ProtocolName
 from dfkd_bench.method import Frozen
 from dfkd_bench.plugins import Plugins
@@ -133,7 +133,7 @@ class Ablation(Frozen):
     @property
     def stem(self) -> str:
         """What its files are called."""
-        return f"{self.name}_{record.safe_name(self.dataset)}{self.variant}"
+        return f"{self.name}_{safe_name(self.dataset)}{self.variant}"
 
 
 @dataclass(frozen=True)

@@ -67,16 +67,23 @@ def imagenet() -> tuple[str, ...]:
 def tiny_imagenet(folder: Path) -> tuple[str, ...]:
     """The names of the 200 classes in the order of their sorted WordNet ids, from ``wnids.txt`` and ``words.txt``.
 
-    ``UserError``: a class has no line in ``words.txt``.
+    ``UserError``: a file can't be read, or a class has no line in ``words.txt``.
     """
-    words = folder / "words.txt"
-    lines = words.read_text(encoding="utf-8").splitlines()
+    words, listed = folder / "words.txt", folder / "wnids.txt"
+    lines = _text_of(words).splitlines()
     synonyms = dict(line.split("\t", 1) for line in lines if "\t" in line)
-    wnids = sorted((folder / "wnids.txt").read_text(encoding="utf-8").split())
+    wnids = sorted(_text_of(listed).split())
     for wnid in wnids:
         if wnid not in synonyms:
             raise UserError(f"{words} has no line for the class {wnid}: expected '{wnid}<tab>name, synonyms'")
     return tuple(clean(synonyms[wnid].split(",")[0]) for wnid in wnids)
+
+
+def _text_of(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file} can't be read ({error}): get it again") from None
 
 
 def shipped_tiny_imagenet() -> tuple[str, ...]:

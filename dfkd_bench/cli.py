@@ -32,7 +32,7 @@ from dfkd_bench.options import (
     TableOptions,
     Verbose,
     WorkOptions,
-    expanded,
+    given_path,
     output_option,
     spread,
 )
@@ -409,7 +409,7 @@ def encode(
     figure: Annotated[
         Path | None,
         typer.Option(
-            "--figure", "--to", callback=expanded, help="A .png, .svg or .pdf file; default: beside the matrix."
+            "--figure", "--to", callback=given_path, help="A .png, .svg or .pdf file; default: beside the matrix."
         ),
     ] = None,
     data_root: DataRoot = None,

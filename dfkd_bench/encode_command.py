@@ -18,7 +18,7 @@ from rich.text import Text
 from dfkd_bench import data, text
 from dfkd_bench.encoders import Rows
 from dfkd_bench.errors import UserError
-from dfkd_bench.record import safe_name, write_bytes
+from dfkd_bench.files import safe_name, write_bytes
 from dfkd_bench.report.plots import FORMATS, STYLE, save
 from dfkd_bench.text import LabelEmbeddings
 

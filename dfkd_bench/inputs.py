@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from dfkd_bench import data
@@ -16,6 +15,7 @@ from dfkd_bench.data import FOLDER_PREFIX, DataSet
 from dfkd_bench.encoders import RowEncoder, TextEncoder, build_encoder
 from dfkd_bench.errors import UserError
 from dfkd_bench.method import Method
+from dfkd_bench.paths import expanded
 from dfkd_bench.plugins import Plugins
 
 
@@ -43,8 +43,8 @@ def _of_pool(name: str, found: Plugins) -> str | None:
 
 
 def _of_folder(folder: str) -> str | None:
-    with contextlib.suppress(OSError):
-        facts = data.folder_facts(Path(folder).expanduser())
+    with contextlib.suppress(UserError, OSError):
+        facts = data.folder_facts(expanded(folder))
         return None if facts is None else facts.digest
     return None
 

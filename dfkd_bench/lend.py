@@ -17,6 +17,7 @@ from dfkd_bench.data import DataSet
 from dfkd_bench.errors import UserError
 from dfkd_bench.job import TeacherSpec
 from dfkd_bench.method import LabelledImages
+from dfkd_bench.paths import expanded
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -71,7 +72,7 @@ def initial_images(
 
     Its own images are refused, as they are for pools: they would be training data under another name.
     """
-    folder = Path(name).expanduser()
+    folder = expanded(name)
     folder_facts(folder)
     _refuse_own_images(f"initial_images '{name}'", folder, dataset, root, extra)
     return folder_images(folder, dataset.image_shape)
@@ -95,7 +96,7 @@ def _refuse_own_images(
 def folder_of(pool: str) -> Path | None:
     """The folder that a pool's name means; None: it names a data set."""
     prefix = data.FOLDER_PREFIX
-    return Path(pool.removeprefix(prefix)).expanduser() if pool.startswith(prefix) else None
+    return expanded(pool.removeprefix(prefix)) if pool.startswith(prefix) else None
 
 
 def folder_facts(folder: Path) -> data.FolderFacts:
@@ -124,7 +125,7 @@ def folder_images(folder: Path, shape: tuple[int, int, int], resize: bool = Fals
     Gray becomes colour and colour gray. An image of another height or width is resized, or else a ``UserError``: what
     was made for the teacher has its size. They are decoded once, into a file in the home: every run maps that one.
     """
-    folder = folder.expanduser()
+    folder = expanded(folder)
     facts = folder_facts(folder)
 
     def read(_data: DataSet, _root: Path, _part: data.Part) -> data.RawData:
@@ -157,7 +158,7 @@ def _decoded(path: Path, shape: tuple[int, int, int], resize: bool) -> NDArray[n
 
     try:
         with Image.open(path) as image:
-            data.refuse_deep_pixels(path, image.mode)
+            data.refuse_deep_pixels(path, image)
             pixels = pil_to_tensor(image.convert("RGB" if shape[0] == 3 else "L"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path} can't be read as an image ({error}): replace or remove it") from None

@@ -16,6 +16,7 @@ from dfkd_bench.encoders import encoder_kind
 from dfkd_bench.errors import UserError
 from dfkd_bench.job import Job
 from dfkd_bench.method import Method
+from dfkd_bench.paths import expanded
 from dfkd_bench.plugins import Plugins
 
 
@@ -100,7 +101,7 @@ def _no_data(jobs: Sequence[Job], found: Plugins, dataset: DataSet, root: Path |
             folder = name.removeprefix(data.FOLDER_PREFIX)
             if setting == "pool" and folder == name:
                 lines |= dict.fromkeys(_missing(data.dataset(name, root, found.datasets), root, of))
-            elif not Path(folder).expanduser().is_dir():
+            elif not expanded(folder).is_dir():
                 lines[f"{name}{of}: there is no such folder"] = None
     return lines
 

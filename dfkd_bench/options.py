@@ -15,18 +15,15 @@ from typing import TYPE_CHECKING, Annotated, Any, get_origin, get_type_hints
 
 import typer
 
-from dfkd_bench.errors import UserError
+from dfkd_bench.paths import expanded
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 
-def expanded(path: Path | None) -> Path | None:
-    """``~`` is the user's home, also where no shell looks at it: behind ``--output=`` and in a variable's quotes."""
-    try:
-        return None if path is None else path.expanduser()
-    except RuntimeError:
-        raise UserError(f"{path}: there is no home folder of that user") from None
+def given_path(path: Path | None) -> Path | None:
+    """An option's path, ``~`` expanded."""
+    return None if path is None else expanded(path)
 
 
 DatasetName = Annotated[str | None, typer.Option("--dataset", "-d", help="Data set, or folder:PATH.")]
@@ -46,7 +43,7 @@ DataRoot = Annotated[
 
 def output_option(text: str) -> Any:
     """``--output`` with its variable, whose help is ``text``."""
-    return typer.Option("--output", "-o", envvar="DFKD_BENCH_RESULTS", callback=expanded, help=text)
+    return typer.Option("--output", "-o", envvar="DFKD_BENCH_RESULTS", callback=given_path, help=text)
 
 
 Output = Annotated[Path, output_option("Records, tables and figures go here.")]
@@ -60,7 +57,7 @@ PrecisionName = Annotated[
 Deterministic = Annotated[bool, typer.Option(help="Deterministic GPU kernels (the CPU always is).")]
 SplitName = Annotated[str, typer.Option("--split", help="Evaluate on test, or on validation to choose settings.")]
 FigureFile = Annotated[
-    Path | None, typer.Option(callback=expanded, help="A .png, .svg or .pdf file; default: OUTPUT/figures/.")
+    Path | None, typer.Option(callback=given_path, help="A .png, .svg or .pdf file; default: OUTPUT/figures/.")
 ]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Name the file of every record and student.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress; the result only.")]
@@ -95,8 +92,8 @@ class TableOptions:
         >>> TableOptions(split="validation", controls=False).variant
         '-validation-no_controls'
         """
+        from dfkd_bench.files import safe_name
         from dfkd_bench.job import digest
-        from dfkd_bench.record import safe_name
 
         settings = sorted([*(self.settings or []), *([self.init_images] if self.init_images else [])])
         parts = (

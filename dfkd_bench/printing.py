@@ -166,7 +166,7 @@ def tell(wrong: UserError | None) -> None:
 
 def figure_path(suite: Suite, pair: str, output: Path, to: Path | None, kind: str = "") -> Path:
     """``to``, or a file named after the suite; with several pairs, each has its own."""
-    from dfkd_bench.record import safe_name
+    from dfkd_bench.files import safe_name
 
     path = to or output / "figures" / f"{suite.name}{kind}.png"
     return path if len(suite.pairs) == 1 else path.with_stem(f"{path.stem}-{safe_name(pair)}")

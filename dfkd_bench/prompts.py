@@ -22,7 +22,7 @@ FIELDS = ("name", "index")
 def template(prompt: str) -> str:
     """The template of a prompt: itself, or what a name of ``PROMPTS`` stands for.
 
-    ``UserError``: unknown fields, or no field at all, which would make all classes one.
+    ``UserError``: unknown fields, a field with a format, or no field at all, which would make all classes one.
     """
     text = PROMPTS.get(prompt, prompt)
     try:
@@ -36,6 +36,8 @@ def template(prompt: str) -> str:
         raise UserError(
             f"prompt '{prompt}' has no field: expected {{name}} or {{index}} in it, or {', '.join(PROMPTS)}"
         )
+    if _is_formatted(text):
+        raise UserError(f"prompt '{prompt}' can't be filled in: write plain {{name}} or {{index}}, without a format")
     return text
 
 
@@ -48,15 +50,17 @@ def render(prompt: str, class_names: Sequence[str]) -> list[str]:
     ['a photo of a aquarium fish']
     """
     text = template(prompt)
-    try:
-        return [text.format(name=clean(name), index=index) for index, name in enumerate(class_names)]
-    except (ValueError, LookupError) as error:  # a format that doesn't fit, as in {name:d}
-        raise UserError(f"prompt '{prompt}' can't be filled in ({error}): write plain {{name}} or {{index}}") from None
+    return [text.format(name=clean(name), index=index) for index, name in enumerate(class_names)]
 
 
 def names_classes(prompt: str) -> bool:
     """Whether the texts depend on the class names. Otherwise the first K texts serve any K classes."""
     return "name" in _fields(template(prompt))
+
+
+def _is_formatted(text: str) -> bool:
+    """Whether a field has a format, which a class name may not fit, or which may fill the memory."""
+    return any(spec or conversion for _, _, spec, conversion in string.Formatter().parse(text))
 
 
 def _fields(text: str) -> list[str]:

@@ -17,6 +17,7 @@ from pydantic import Field, ValidationError
 from dfkd_bench import __version__
 from dfkd_bench.clock import total
 from dfkd_bench.errors import UserError, validation_line
+from dfkd_bench.files import safe_name
 from dfkd_bench.files import write_bytes as write_bytes
 from dfkd_bench.files import write_text as write_text
 from dfkd_bench.job import PROTOCOL_VERSION, Job
@@ -168,11 +169,6 @@ class Record(Frozen):
 def record_path(output: Path, job: Job) -> Path:
     """``OUTPUT/records/<data set>/<method>/<job id>.json``."""
     return output / "records" / safe_name(job.dataset) / safe_name(job.method) / f"{job.id}.json"
-
-
-def safe_name(name: str) -> str:
-    """A data set's or method's name as a folder name (``folder:/a/b`` has signs that a folder can't have)."""
-    return "".join(sign if sign.isalnum() or sign in "._-" else "_" for sign in name).strip("_")
 
 
 def write(output: Path, record: Record) -> Path:

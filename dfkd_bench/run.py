@@ -28,7 +28,7 @@ from dfkd_bench.method import Method, Progress, Task
 from dfkd_bench.models import build_model
 from dfkd_bench.once import looking_once
 from dfkd_bench.optimise import build_optimizer, learning_rate, set_learning_rate
-from dfkd_bench.paths import data_root, home
+from dfkd_bench.paths import data_root, expanded, home
 from dfkd_bench.pool import Pool
 from dfkd_bench.record import Counters, DataFile, DataFolder, MethodFacts, Outcome, Point, Record, Score, TeacherFacts
 from dfkd_bench.runfolder import STUDENT, RunFolder
@@ -282,7 +282,7 @@ class _Run:
             with self._lending(lend.folder_of(config.pool)):
                 lent["unlabelled"] = lend.pool(config.pool, self.dataset, root, self.device, self.found.datasets)
         if "initial_images" in needs and config.initial_images is not None:
-            with self._lending(Path(config.initial_images).expanduser()):
+            with self._lending(expanded(config.initial_images)):
                 first = lend.initial_images(config.initial_images, self.dataset, root, self.found.datasets)
                 lent["initial_images"] = first.to(self.device)
         padding, flip = self.dataset.image_shape[1] // 8, self.dataset.flip_keeps_class

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import re
 import warnings
@@ -26,11 +27,14 @@ from dfkd_bench.compute import Compute, hardware
 from dfkd_bench.data import DataSet, Split, as_tensor
 from dfkd_bench.errors import UserError
 from dfkd_bench.evaluate import evaluate
+from dfkd_bench.files import safe_name
 from dfkd_bench.job import Precision, Recipe, TeacherSpec, digest
 from dfkd_bench.lease import Busy, Lease, held
 from dfkd_bench.method import Frozen, LabelledImages
 from dfkd_bench.models import build_model, check_model
 from dfkd_bench.paths import home
+
+log = logging.getLogger(__name__)
 
 Builders = Mapping[str, Callable[[int, int], nn.Module]]
 """Plugins' models: name -> builder(classes, channels)."""
@@ -78,7 +82,7 @@ def folder(dataset: DataSet, spec: TeacherSpec, root: Path | None = None) -> Pat
     name = spec.sha256[:8] if spec.sha256 else digest(spec.model_dump(mode="json"))[:8]
     if dataset.content is not None:
         name = digest([name, dataset.content])[:8]
-    return (root or home()) / "teachers" / record.safe_name(dataset.name) / f"{spec.model}-{name}"
+    return (root or home()) / "teachers" / safe_name(dataset.name) / f"{spec.model}-{name}"
 
 
 def find(dataset: DataSet, spec: TeacherSpec, output: Path | None = None) -> Path:
@@ -297,15 +301,21 @@ def read_card(place: Path) -> TeacherCard:
 
 
 def list_teachers() -> Iterator[tuple[Path, TeacherCard]]:
-    """All teachers at hand."""
+    """All teachers at hand. A damaged card is logged: it stops no other."""
     for path in sorted((home() / "teachers").glob("*/*/teacher.json")):
-        yield path.parent, read_card(path.parent)
+        try:
+            card = read_card(path.parent)
+        except UserError as error:
+            log.warning("%s", error)
+            continue
+        yield path.parent, card
 
 
 def find_imported(dataset: DataSet, model: str) -> TeacherCard | None:
     """The newest imported teacher of a data set and model, if there is one."""
-    cards = [card for _, card in list_teachers() if (card.dataset, card.model) == (dataset.name, model)]
-    imported = [card for card in cards if card.spec.sha256 is not None]
+    paths = (home() / "teachers" / safe_name(dataset.name)).glob("*/teacher.json")
+    cards = [card for card in map(read_card, (path.parent for path in paths)) if card.model == model]
+    imported = [card for card in cards if card.spec.sha256 is not None and card.dataset == dataset.name]
     return max(imported, key=lambda card: card.created, default=None)
 
 
@@ -350,7 +360,13 @@ def import_checkpoint(
     model = build_model(model_name, dataset.num_classes, dataset.image_shape[0], models)
     state = {**_batch_counters(model, state), **state}
     _check_fits(state, model, file, model_name, dataset)
-    model.load_state_dict(state)
+    try:
+        model.load_state_dict(state)
+    except Exception as error:  # sparse, quantised and other tensors that are no plain numbers
+        raise UserError(
+            f"{file.name} does not fit {model_name}: some of its tensors can't be copied into plain ones "
+            f"({type(error).__name__})"
+        ) from None
     model.eval().to(device)
     accuracy = _accuracies(model, dataset, Normalize(dataset.mean, dataset.std, device), root, with_validation=False)
     model.cpu()

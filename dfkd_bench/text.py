@@ -222,7 +222,8 @@ def _shipped(dataset: str, source: TextEncoder, text: str, texts: list[str]) -> 
 
 
 def _kept_path(source: TextEncoder, text: str, texts: list[str]) -> Path:
-    key = json.dumps([source.name, source.model, source.weights(), text, texts])
+    version = [source.version] if source.version != 1 else []
+    key = json.dumps([source.name, source.model, source.weights(), text, texts, *version])
     return home() / "embeddings" / f"{source.name}-{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
 
 

@@ -17,6 +17,7 @@ import sys
 import tarfile
 import threading
 import time
+import zlib
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -246,6 +247,26 @@ def test_files_of_the_same_name_are_told_apart_by_checksum(publish: Any, tmp_pat
 def test_wrong_checksum_is_refused_and_named(tmp_path: Path) -> None:
     path = tmp_path / "t10k-images-idx3-ubyte.gz"
     path.write_bytes(idx(MNIST_TEST[0]))
+    with pytest.raises(UserError, match=f"{path} is not the published file of 'mnist'"):
+        dataset("mnist", tmp_path).split("test")
+
+
+def test_another_data_sets_file_in_the_root_is_no_damage(
+    publish: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fashion-MNIST's files lie in the root; MNIST is downloaded beside them."""
+    mnist = small_mnist(publish, tmp_path / "kept", tmp_path)
+    for file in mnist.raw.test:
+        (tmp_path / file).write_bytes(idx(np.zeros((20, 28, 28))))
+    monkeypatch.setattr(_fetch, "_download", lambda address: (tmp_path / "kept" / Path(address).name).read_bytes())
+    assert np.array_equal(mnist.split("test").images[:, 0], MNIST_TEST[0])
+
+
+def test_wrong_checksum_in_its_own_folder_is_no_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "mnist" / "t10k-images-idx3-ubyte.gz"
+    path.parent.mkdir()
+    path.write_bytes(b"truncated")
+    monkeypatch.setattr(_fetch, "_download", lambda address: pytest.fail(f"asked for {address}"))
     with pytest.raises(UserError, match=f"{path} is not the published file of 'mnist'"):
         dataset("mnist", tmp_path).split("test")
 
@@ -520,6 +541,19 @@ def test_tiny_imagenet_names_are_kept_with_the_prepared_files(tiny_imagenet: Dat
     assert before == tiny_imagenet.class_names == ("goldfish", "egyptian cat")
 
 
+def test_tiny_imagenet_with_too_few_names_is_refused(tiny_imagenet: DataSet, tmp_path: Path) -> None:
+    (tmp_path / "raw" / "tiny-imagenet-200" / "wnids.txt").write_text("n02124075\n")
+    with pytest.raises(UserError, match="name 1 classes instead of 2"):
+        _ = tiny_imagenet.class_names
+
+
+def test_tiny_imagenet_names_that_are_no_utf8_are_refused(tiny_imagenet: DataSet, tmp_path: Path) -> None:
+    words = tmp_path / "raw" / "tiny-imagenet-200" / "words.txt"
+    words.write_bytes(b"n01443537\tcaf\xe9\n")
+    with pytest.raises(UserError, match=f"{words} can't be read"):
+        _ = tiny_imagenet.class_names
+
+
 def test_tiny_imagenet_annotation_of_an_unknown_class_is_refused(tiny_imagenet: DataSet, tmp_path: Path) -> None:
     path = tmp_path / "raw" / "tiny-imagenet-200" / "val" / "val_annotations.txt"
     path.write_text("val_0.JPEG\tn0212")
@@ -642,6 +676,51 @@ def test_a_name_in_a_folder_need_not_be_utf8(own: Path) -> None:
     found = dataset(f"folder:{own}")
     assert sum(len(found.split(split).labels) for split in ("train", "validation")) == 21
     assert found.content != before
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="its file systems refuse such names")
+def test_a_class_folder_whose_name_is_no_utf8_is_refused(own: Path) -> None:
+    (own / "train" / os.fsdecode(b"caf\xe9")).mkdir()
+    with pytest.raises(UserError, match=r"a class folder whose name is no UTF-8, b'caf\\xe9': rename it"):
+        dataset(f"folder:{own}")
+
+
+@pytest.mark.parametrize("part", ["train", "test"])
+def test_a_folder_in_a_class_folder_hides_no_image(part: str, own: Path) -> None:
+    save(own / part / "spoon" / "images" / "other.png", images_of(1, 6)[0])
+    found = dataset(f"folder:{own}")
+    assert [np.bincount(found.split(split).labels).tolist() for split in data.SPLITS] == [[9, 9], [1, 1], [1, 1]]
+
+
+def test_a_folder_with_a_long_path_is_prepared(own: Path) -> None:
+    deep = own.parent / ("x" * 150) / ("y" * 150)
+    deep.parent.mkdir()
+    own.rename(deep)
+    assert len(dataset(f"folder:{deep}").split("test").labels) == 2
+
+
+def test_16_bit_colour_is_refused(own: Path) -> None:
+    """Pillow can read such a file, and cuts it to 8 bits without a word."""
+    path = own / "test" / "spoon" / "0.png"
+    path.write_bytes(deep_png(6))
+    with pytest.raises(UserError, match=f"{path} has pixels of mode 'RGB;16B': expected 8-bit gray or RGB"):
+        dataset(f"folder:{own}").split("test")
+
+
+def deep_png(side: int) -> bytes:
+    """A black square of 16 bits a channel."""
+
+    def chunk(name: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    header = struct.pack(">IIBBBBB", side, side, 16, 2, 0, 0, 0)
+    rows = zlib.compress(bytes(side * (1 + 6 * side)))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+
+
+def test_a_tilde_of_nobody_is_one_line() -> None:
+    with pytest.raises(UserError, match="no home folder of that user"):
+        dataset("folder:~nobody_here/images")
 
 
 def test_folder_is_named_by_its_absolute_path(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from dfkd_bench import record as record_module
 from dfkd_bench.errors import UserError
+from dfkd_bench.files import safe_name
 from dfkd_bench.job import Job, Recipe, TeacherSpec, digest
 from dfkd_bench.method import Schedule
 from dfkd_bench.record import (
@@ -26,7 +27,6 @@ from dfkd_bench.record import (
     read,
     read_all,
     record_path,
-    safe_name,
     write,
     write_bytes,
 )
@@ -179,6 +179,12 @@ def test_without_records_there_are_none(tmp_path: Path) -> None:
 )
 def test_names_become_folder_names(name: str, safe: str) -> None:
     assert safe_name(name) == safe
+
+
+def test_long_names_are_cut_and_stay_apart() -> None:
+    names = [safe_name(f"folder:/{'ä' * 150}/{last}") for last in "ab"]
+    assert names[0] != names[1]
+    assert max(len(name.encode()) for name in names) <= 120
 
 
 def _truncated(text: str) -> str:

@@ -336,6 +336,16 @@ def test_a_damaged_card_is_refused_by_name(text: str, at_hand: Path) -> None:
     one_line(caught)
 
 
+def test_a_damaged_card_stops_no_other(at_hand: Path, caplog: pytest.LogCaptureFixture) -> None:
+    damaged = at_hand.with_name("damaged")
+    shutil.copytree(at_hand, damaged)
+    (damaged / "teacher.json").write_text("{")
+    assert [place for place, _ in teachers.list_teachers()] == [at_hand]
+    assert f"{damaged / 'teacher.json'} is damaged" in caplog.text
+    other = replace(DIGITS, name="other")
+    assert teachers.find_imported(other, "convnet8") is None
+
+
 def test_no_teacher_says_how_to_make_one(home: Path) -> None:
     with pytest.raises(UserError, match="teacher train"):
         teachers.load(DIGITS, SPEC, CPU)
@@ -519,6 +529,13 @@ def test_a_file_that_is_no_checkpoint(name: str, tmp_path: Path, data_only: Path
     with pytest.raises(UserError, match=f"{name} can't be read.* it is damaged, or no") as caught:
         import_checkpoint(file, DIGITS, "convnet8")
     assert len(one_line(caught)) < 200 + len(str(tmp_path))
+
+
+def test_tensors_that_are_no_plain_ones_are_refused(data_only: Path, pth: Callable[..., Path]) -> None:
+    state = {name: value.to_sparse() if value.dim() == 2 else value for name, value in random_state().items()}
+    with pytest.raises(UserError, match="some of its tensors can't be copied into plain ones") as caught:
+        import_checkpoint(pth(state), DIGITS, "convnet8")
+    one_line(caught)
 
 
 def test_a_checkpoint_near_chance_is_refused(data_only: Path, pth: Callable[..., Path]) -> None:

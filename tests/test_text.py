@@ -71,6 +71,13 @@ def test_embeddings_are_at_hand_once_they_are_encoded(letters: type[Letters]) ->
     assert not text.is_at_hand(*asked)
 
 
+def test_an_encoder_whose_code_changed_is_asked_again(letters: type[Letters], monkeypatch: pytest.MonkeyPatch) -> None:
+    text.ensure("own", OWN, "sbert", "{name}")
+    monkeypatch.setattr(TextEncoder, "version", 3)
+    text.ensure("own", OWN, "sbert", "{name}")
+    assert letters.calls == 2
+
+
 # --- Prompts ----------------------------------------------------------------------------------------------------------
 
 
@@ -103,6 +110,8 @@ def test_names_keep_commas_braces_accents_and_duplicates() -> None:
         ("P4", "prompt 'P4' has no field: expected {name} or {index} in it, or P1, P2, P3, nayer"),
         ("a {name", "prompt 'a {name' is no template"),
         ("a {name:d}", "prompt 'a {name:d}' can't be filled in"),
+        ("{name:>99999999999}", "prompt '{name:>99999999999}' can't be filled in"),
+        ("{name!r}", "prompt '{name!r}' can't be filled in"),
     ],
 )
 def test_a_wrong_prompt_is_one_line(prompt: str, message: str) -> None:
@@ -205,6 +214,13 @@ def test_a_file_with_another_matrix_is_refused(tmp_path: Path, matrix: np.ndarra
     with pytest.raises(UserError) as raised:
         text.load("own", OWN, f"file:{tmp_path}/mine.npy", "P2")
     assert message in str(raised.value)
+
+
+def test_an_npz_by_another_name_is_refused(tmp_path: Path) -> None:
+    with (tmp_path / "mine.npy").open("wb") as file:
+        np.savez(file, np.ones((2, 3)))
+    with pytest.raises(UserError, match=r"can't read one matrix \[2, d\] from .*: it is no single array"):
+        text.load("own", OWN, f"file:{tmp_path}/mine.npy", "P2")
 
 
 @pytest.mark.parametrize("name", ["none.npy", "none.safetensors", "text.npy", "text.safetensors", "mine.pt"])
@@ -507,17 +523,19 @@ def minilm() -> Path:
 THIRD_PARTY = pytest.mark.filterwarnings("default")  # warnings of the real text libraries are not ours
 
 
+TINY_CLIP = {
+    "embed_dim": 24,
+    "vision_cfg": {"image_size": 32, "layers": 1, "width": 64, "patch_size": 16},
+    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
+}
+
+
 @THIRD_PARTY
 def test_a_clip_checkpoint_gives_its_text_features(tmp_path: Path) -> None:
     import open_clip
     import torch
 
-    config = {
-        "embed_dim": 24,
-        "vision_cfg": {"image_size": 32, "layers": 1, "width": 64, "patch_size": 16},
-        "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
-    }
-    (tmp_path / "tiny-test.json").write_text(json.dumps(config))
+    (tmp_path / "tiny-test.json").write_text(json.dumps(TINY_CLIP))
     open_clip.add_model_config(tmp_path / "tiny-test.json")
     torch.manual_seed(0)
     model = open_clip.create_model("tiny-test").eval()
@@ -535,6 +553,30 @@ def test_a_clip_checkpoint_gives_its_text_features(tmp_path: Path) -> None:
     with torch.no_grad():
         expected = model.encode_text(open_clip.tokenize([f"a photo of a {name}" for name in ODD])).numpy()
     np.testing.assert_allclose(odd, expected, rtol=1e-4, atol=1e-6)
+
+
+@THIRD_PARTY
+@pytest.mark.parametrize(("tag", "quick"), [("trained_so", True), ("trained_otherwise", False)])
+def test_a_tags_weights_get_the_activation_they_were_trained_with(
+    tag: str, quick: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As OpenAI's: their architecture has GELU in open_clip, and the tag says QuickGELU."""
+    import open_clip
+    import torch
+
+    (tmp_path / "tiny-tag.json").write_text(json.dumps(TINY_CLIP))
+    open_clip.add_model_config(tmp_path / "tiny-tag.json")
+    model = open_clip.create_model("tiny-tag", force_quick_gelu=quick).eval()
+    torch.save(model.state_dict(), tmp_path / "tiny.pt")
+    known = {tag: {"url": "", "hf_hub": "", "quick_gelu": quick, "mean": None, "std": None}}
+    monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "tiny-tag", known)
+    monkeypatch.setattr("open_clip.factory.download_pretrained", lambda *_, **__: str(tmp_path / "tiny.pt"))
+
+    found = text.ensure("own", OWN, f"clip:tiny-tag/{tag}", "nayer").matrix
+
+    with torch.no_grad():
+        expected = model.encode_text(open_clip.tokenize(["a image of red fox", "a image of oak tree"])).numpy()
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
 
 
 @THIRD_PARTY

@@ -49,13 +49,14 @@ class DataSet:
     def class_names(self) -> tuple[str, ...]:
         """Clean text, in the order of the labels. ImageNet's import torchvision, Tiny-ImageNet's need its files.
 
-        ``UserError``: those that were kept are damaged, and the raw files are not there to find them again.
+        ``UserError``: there are not as many as classes, or those that were kept are damaged and the raw files are not
+        there to find them again.
         """
         if not callable(self.names):
             return self.names
         kept = self.folder / "class_names.json"
         if not kept.is_file():
-            return self.names(data_root(self.root))
+            return self._found_names()
         try:
             known = json.loads(kept.read_text(encoding="utf-8"))
         except ValueError:
@@ -64,10 +65,20 @@ class DataSet:
             return tuple(known)
         log.warning("%s is damaged: it is made again", kept)
         try:
-            names = self.names(data_root(self.root))
+            names = self._found_names()
         except UserError as error:
             raise UserError(f"{kept} is damaged, and can't be made again: {error}") from None
         write_text(kept, json.dumps(names))
+        return names
+
+    def _found_names(self) -> tuple[str, ...]:
+        assert callable(self.names)
+        names = self.names(data_root(self.root))
+        if len(names) != self.num_classes:
+            raise UserError(
+                f"the files of '{self.name}' in {data_root(self.root)} name {len(names)} classes instead of "
+                f"{self.num_classes}: get them again"
+            )
         return names
 
     @property

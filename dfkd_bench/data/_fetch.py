@@ -37,16 +37,18 @@ def fetch(data: DataSet, root: Path, file: str) -> tuple[bytes, Path]:
             if is_published(data, file, content):
                 return content, path
             damaged = damaged or path  # MNIST and Fashion-MNIST have files of the same names: another may be right
-    if damaged:
-        raise UserError(
-            f"{damaged} is not the published file of '{data.name}' (its md5 checksum is wrong; it may be truncated): "
-            "remove it and start again"
-        )
+    wrong = UserError(
+        f"{damaged} is not the published file of '{data.name}' (its md5 checksum is wrong; it may be truncated): "
+        "remove it and start again"
+    )
+    if damaged and not _may_be_anothers(damaged, root):
+        raise wrong
     target = data.raw.candidates(root, file)[0]
     try:
         content = _download(data.raw.address + file)
     except (OSError, http.client.HTTPException) as error:
-        raise missing(data, root, f"the download of {data.raw.address}{file} failed ({reason(error)})") from None
+        failed = f"the download of {data.raw.address}{file} failed ({reason(error)})"
+        raise (UserError(f"{wrong}; {failed}") if damaged else missing(data, root, failed)) from None
     if not is_published(data, file, content):
         raise missing(data, root, f"what {data.raw.address}{file} delivers has a wrong md5 checksum")
     try:
@@ -54,6 +56,11 @@ def fetch(data: DataSet, root: Path, file: str) -> tuple[bytes, Path]:
     except OSError as error:
         raise UserError(f"can't write {target} ({reason(error)}): name another folder by --data-root DIR") from None
     return content, target
+
+
+def _may_be_anothers(path: Path, root: Path) -> bool:
+    """Whether a file that isn't this data set's may well be another's: the data root is for all of them."""
+    return path.parent == root
 
 
 def is_published(data: DataSet, file: str, content: bytes) -> bool:

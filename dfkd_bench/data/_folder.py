@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from dfkd_bench.data._stated import Stated, stated
 from dfkd_bench.errors import UserError
 from dfkd_bench.files import write_text
 from dfkd_bench.once import is_kept, once
-from dfkd_bench.paths import home
+from dfkd_bench.paths import expanded, home
 
 if TYPE_CHECKING:
     from dfkd_bench.data._arrays import Images
@@ -40,7 +41,7 @@ def image_folder(name: str) -> DataSet:
     With a normalisation in dataset.json train/ may be missing: then all that is said here of training images is taken
     from test/, and no teacher can be trained. ``UserError``: a folder is missing, or there are too few images.
     """
-    path = Path(name.removeprefix(FOLDER_PREFIX)).expanduser()
+    path = expanded(name.removeprefix(FOLDER_PREFIX))
     return once(_key(path), lambda: _image_folder(name, path))
 
 
@@ -60,6 +61,11 @@ def _image_folder(name: str, path: Path) -> DataSet:
             )
     folder, least = path / ("test" if test_only else "train"), 1 if test_only else 10
     classes = _classes(path, known)
+    for class_name in classes:
+        if class_name != class_name.encode(errors="replace").decode():
+            raise UserError(
+                f"{folder} has a class folder whose name is no UTF-8, {os.fsencode(class_name)!r}: rename it"
+            )
     files = [file for class_name in classes for file in _images(folder / class_name)]
     if len(classes) < 2 or len(files) < least:
         raise UserError(
@@ -96,7 +102,7 @@ def _image_folder(name: str, path: Path) -> DataSet:
 
 def unmeasured_state(name: str) -> str | None:
     """The state of a folder that was not measured yet, as ``status`` gives it; None: it was. Opens no image."""
-    path = Path(name.removeprefix(FOLDER_PREFIX)).expanduser().resolve()
+    path = expanded(name.removeprefix(FOLDER_PREFIX)).resolve()
     if is_kept(_key(path)):
         return None
     wanted = ("test",) if (path / STATED_FILE).is_file() else get_args(Part)

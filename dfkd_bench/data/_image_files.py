@@ -13,6 +13,8 @@ from dfkd_bench.data._reason import reason
 from dfkd_bench.errors import UserError
 
 if TYPE_CHECKING:
+    from PIL.ImageFile import ImageFile as Image
+
     from dfkd_bench.data._arrays import Images, Part
     from dfkd_bench.data._dataset import DataSet
 
@@ -47,7 +49,7 @@ def decode(path: Path, shape: tuple[int, int, int], resize: bool = False) -> Ima
     channels, height, width = shape
     try:
         with Image.open(path) as image:
-            refuse_deep_pixels(path, image.mode)
+            refuse_deep_pixels(path, image)
             if not resize and (image.size != (width, height) or (channels == 1 and not is_gray(image.mode))):
                 found = (1 if is_gray(image.mode) else 3, image.height, image.width)
                 raise UserError(
@@ -68,10 +70,15 @@ def decode(path: Path, shape: tuple[int, int, int], resize: bool = False) -> Ima
     return np.ascontiguousarray(array[None] if channels == 1 else array.transpose(2, 0, 1))
 
 
-def refuse_deep_pixels(path: Path, mode: str) -> None:
-    """``UserError``: pixels of one of Pillow's modes with more than 8 bits a channel, which would be cut off."""
-    if mode not in _MODES:
-        raise UserError(f"{path} has pixels of mode '{mode}': expected 8-bit gray or RGB")
+def refuse_deep_pixels(path: Path, image: Image) -> None:
+    """``UserError``: more than 8 bits a channel, which would be cut off. An image that is open and not decoded yet.
+
+    Pillow has no mode for 16-bit RGB: it calls it RGB, and what it will decode tells.
+    """
+    raw = [part for tile in image.tile for part in (tile[3] if isinstance(tile[3], tuple) else (tile[3],))]
+    deep = next((part for part in raw if isinstance(part, str) and ";16" in part), None)
+    if image.mode not in _MODES or deep:
+        raise UserError(f"{path} has pixels of mode '{deep or image.mode}': expected 8-bit gray or RGB")
 
 
 def is_gray(mode: str) -> bool:
@@ -79,19 +86,20 @@ def is_gray(mode: str) -> bool:
     return mode in {"1", "L", "LA"}
 
 
-def read_class_folders(data: DataSet, root: Path, part: Part, classes: Sequence[str], resize: bool = False) -> RawData:
-    """A part in ImageFolder form: one folder a class."""
+def read_class_folders(
+    data: DataSet, root: Path, part: Part, classes: Sequence[str], resize: bool = False, inner: str = ""
+) -> RawData:
+    """A part in ImageFolder form: one folder a class, whose images may lie in a folder of their own, ``inner``."""
     import numpy as np
 
     folder = raw_path(data, root, (data.raw.test if part == "test" else data.raw.train)[0])
     strangers = [name for name in class_folders(folder) if name not in set(classes)]
     if strangers:
         raise UserError(f"{folder / strangers[0]} is not one of the {len(classes)} classes of '{data.name}': remove it")
-    files = [(path, label) for label, name in enumerate(classes) for path in _class_files(folder / name)]
+    files = [(path, label) for label, name in enumerate(classes) for path in _class_files(folder / name / inner)]
     labels = np.array([label for _, label in files], np.int64)
     return RawData.of_files([path for path, _ in files], labels, partial(decode, shape=data.image_shape, resize=resize))
 
 
 def _class_files(folder: Path) -> list[Path]:
-    inner = folder / "images"  # Tiny-ImageNet's layout
-    return image_files(inner if inner.is_dir() else folder) if folder.is_dir() else []
+    return image_files(folder) if folder.is_dir() else []

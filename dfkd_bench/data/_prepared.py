@@ -16,6 +16,7 @@ from dfkd_bench.data._lock import own_folder
 from dfkd_bench.data._reason import reason
 from dfkd_bench.data._splits import VALIDATION_SEED, stratified
 from dfkd_bench.errors import UserError
+from dfkd_bench.files import safe_name
 from dfkd_bench.paths import HOME_VARIABLE, home
 
 if TYPE_CHECKING:
@@ -37,8 +38,7 @@ class DamagedError(Exception):
 
 def prepared_folder(name: str, version: str) -> Path:
     """Where the prepared files of a data set are, as a folder's name that any file system takes."""
-    safe = "".join(sign if sign.isalnum() or sign in "._-" else "_" for sign in name)
-    return home() / "data" / safe / version
+    return home() / "data" / safe_name(name) / version
 
 
 def open_split(data: DataSet, split: Split) -> Arrays | None:

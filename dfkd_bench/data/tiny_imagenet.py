@@ -30,7 +30,7 @@ def _read(data: DataSet, root: Path, part: Part) -> RawData:
     if len(set(wnids)) != data.num_classes:
         raise UserError(f"{listed} lists {len(set(wnids))} classes instead of {data.num_classes}: get it again")
     if part == "train":
-        return read_class_folders(data, root, part, wnids)
+        return read_class_folders(data, root, part, wnids, inner="images")
     annotations = raw_path(data, root, "tiny-imagenet-200/val/val_annotations.txt")
     files, labels = [], []
     for line in annotations.read_text(encoding="utf-8").splitlines():

@@ -83,6 +83,9 @@ class TextEncoder(Encoder, ABC):
     libraries: ClassVar[tuple[str, ...]] = ()
     """Distributions whose versions are kept beside what was encoded."""
 
+    version: ClassVar[int] = 1
+    """Raised when this code gives other rows than before for the same weights: what was kept then is not used."""
+
     @property
     def title(self) -> str:
         """The model, in an error's words."""

@@ -8,12 +8,12 @@ from __future__ import annotations
 import difflib
 import functools
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, ClassVar
 
 from dfkd_bench.encoders import NO_MODEL_NEEDED, Rows, TextEncoder, file_sha256
 from dfkd_bench.encoders._hub import short_wait, state_sha256
 from dfkd_bench.errors import UserError, unknown
+from dfkd_bench.paths import expanded
 
 DEFAULT_MODEL = "ViT-B-32/openai"
 BATCH = 256  # texts at a time
@@ -26,13 +26,14 @@ class Clip(TextEncoder):
 
     expected: ClassVar[str] = "'clip:ARCH/TAG' or 'clip:ARCH/CHECKPOINT', as in 'clip:ViT-B-32/openai'"
     libraries: ClassVar[tuple[str, ...]] = ("open_clip_torch", "torch")
+    version: ClassVar[int] = 2  # 1: some tags' weights had GELU where they were trained with QuickGELU
 
     def __init__(self, name: str, argument: str = "") -> None:
         super().__init__(name, argument)
         self.architecture, _, self.source = (argument or DEFAULT_MODEL).partition("/")
         if not self.architecture or not self.source:
             raise UserError(f"text encoder '{self.spec}': expected {self.expected}")
-        checkpoint = Path(self.source).expanduser()
+        checkpoint = expanded(self.source)
         means_file = "/" in self.source or self.source.startswith("~") or checkpoint.suffix in _CHECKPOINTS
         self.checkpoint = checkpoint if means_file else None  # a tag means the same in every working directory
         if means_file and not checkpoint.is_file():
@@ -48,7 +49,7 @@ class Clip(TextEncoder):
 
     @property
     def ways_out(self) -> str:
-        # OpenAI's weights want QuickGELU, which open_clip switches on by the tag only, not for a checkpoint by path
+        # OpenAI's weights want QuickGELU. A tag says so, a checkpoint by path doesn't
         architecture = f"{self.architecture}-quickgelu" if self.source == "openai" else self.architecture
         return (
             f"Where they can be had, `dfkd-bench encode --encoder {self.spec} --dataset NAME --output FILE` makes the "
@@ -79,7 +80,11 @@ class Clip(TextEncoder):
         if self.checkpoint is None and self.source not in tags:
             raise unknown(f"weights of {self.architecture}", self.source, tags)
         weights = str(self.checkpoint or self.source)
-        return open_clip.create_model(self.architecture, pretrained=weights, device="cpu").eval()
+        # open_clip goes by the architecture, and only warns if the weights of a tag want the other activation
+        known = {} if self.checkpoint else open_clip.get_pretrained_cfg(self.architecture, self.source)
+        quick = bool(known.get("quick_gelu", False))
+        model = open_clip.create_model(self.architecture, pretrained=weights, device="cpu", force_quick_gelu=quick)
+        return model.eval()
 
     def _known_architecture(self) -> str:
         import open_clip

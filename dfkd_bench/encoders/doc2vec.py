@@ -33,6 +33,7 @@ import numpy as np
 
 from dfkd_bench.encoders import INDEX_ROWS, NO_MODEL_NEEDED, Rows, TextEncoder, file_sha256, first_line
 from dfkd_bench.errors import UserError, unknown
+from dfkd_bench.paths import expanded
 
 WORDNET = "wordnet-3.0.txt"
 """The corpus of the shipped embeddings: the file's name that ``benchmarks/make_embeddings.py`` gives it."""
@@ -85,7 +86,7 @@ class Doc2Vec(TextEncoder):
         if "=" in argument.partition("/")[0]:
             self.corpus, self.settings = self._parse(argument)
         elif argument:
-            self.saved = Path(argument).expanduser()
+            self.saved = expanded(argument)
         for path in (self.corpus, self.saved):
             if path is not None and not path.is_file():
                 raise UserError(f"text encoder '{self.spec}': there is no file {path}; expected {self.expected}")
@@ -94,7 +95,7 @@ class Doc2Vec(TextEncoder):
         given = dict(pair.split("=", 1) for pair in re.split(r",(?=\w+=)", argument))
         if not given.get("corpus"):
             raise UserError(f"text encoder '{self.spec}' names no corpus: expected {self.expected}")
-        corpus = Path(given.pop("corpus")).expanduser()
+        corpus = expanded(given.pop("corpus"))
         for key, value in given.items():
             if key not in _LIMITS:
                 raise unknown("setting of doc2vec", key, ["corpus", *_LIMITS])

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from dfkd_bench.encoders import RowEncoder, Rows, file_sha256, first_line
 from dfkd_bench.errors import UserError
+from dfkd_bench.paths import expanded
 
 
 class File(RowEncoder):
@@ -21,7 +21,7 @@ class File(RowEncoder):
         super().__init__(name, argument)
         if not argument:
             raise UserError(f"text encoder 'file' names no file: expected {self.expected}")
-        self.file = Path(argument).expanduser()
+        self.file = expanded(argument)
         self.path = str(self.file)
 
     @property
@@ -46,7 +46,9 @@ class File(RowEncoder):
                 with safe_open(path, framework="numpy") as file:
                     (name,) = file.keys()
                     matrix = file.get_tensor(name)
-        except (OSError, ValueError, TypeError, EOFError, SafetensorError) as error:
+            if not isinstance(matrix, np.ndarray):  # an .npz by another name
+                raise TypeError("it is no single array")
+        except Exception as error:  # both readers raise many kinds for what isn't theirs
             raise UserError(f"can't read one matrix [{classes}, d] from {path}: {first_line(error)}") from None
         shape, numeric = list(matrix.shape), np.issubdtype(matrix.dtype, np.floating)
         if len(shape) != 2 or shape[0] != classes or shape[1] < 1 or not numeric:

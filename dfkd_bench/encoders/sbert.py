@@ -16,6 +16,7 @@ import numpy as np
 from dfkd_bench.encoders import NO_MODEL_NEEDED, Rows, TextEncoder, file_sha256
 from dfkd_bench.encoders._hub import short_wait, state_sha256
 from dfkd_bench.errors import UserError
+from dfkd_bench.paths import expanded
 
 DEFAULT_MODEL = "all-MiniLM-L6-v2"
 
@@ -31,7 +32,7 @@ class Sbert(TextEncoder):
     def __init__(self, name: str, argument: str = "") -> None:
         super().__init__(name, argument)
         self.source = (argument or DEFAULT_MODEL).removeprefix("sentence-transformers/")
-        folder = Path(self.source).expanduser()
+        folder = expanded(self.source)
         self.folder = folder if self.source.startswith((".", "~")) or folder.is_absolute() else None
         if self.folder is None and self.source.count("/") > 1:
             raise UserError(f"text encoder '{self.spec}' names no model, and folders begin with ./: './{self.source}'")
