@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import signal
 import sys
 from collections.abc import Sequence
@@ -69,6 +70,9 @@ def main() -> NoReturn:
     if sys.platform == "win32":  # no process can be forked there, and none tells its peak memory
         sys.exit(_complain("dfkd-bench runs on Linux and macOS: on Windows use it in WSL"))
     signal.signal(signal.SIGTERM, _terminated)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a table has signs that not every terminal's encoding has
+            stream.reconfigure(errors="replace")
     try:
         with looking_once():
             result = app(standalone_mode=False)  # typer.Exit does not come out of here: its code is returned
@@ -598,26 +602,27 @@ def _at_hand(asked: TableOptions, found: Plugins) -> tuple[Suite, list[Record], 
     """The suite, its records, and the job ids of those that are stale, which is told."""
     chosen = _suite(asked, found)
     planned = _plan(asked, chosen, found)
-    records = _some(planned.records(), planned.planned[0].job, asked, "suite", "dfkd-bench run")
+    records = _some(planned.records(), planned.planned[0].job, asked, "suite")
     return _named(chosen, planned, asked), records, _told_stale(records, found)
 
 
 def _ablation_at_hand(asked: TableOptions, chosen: Ablation, found: Plugins) -> tuple[AblationPlan, frozenset[str]]:
     """Likewise of an ablation."""
     planned = _ablation_plan(asked, chosen, found)
-    first, command = planned.rows[0].planned[0].job, f"dfkd-bench ablate {chosen.name}"
-    records = _some(planned.plan.records(), first, asked, "ablation", command)
+    records = _some(planned.plan.records(), planned.rows[0].planned[0].job, asked, "ablation")
     return planned, _told_stale(records, found)
 
 
-def _some(records: list[Record], job: Job, asked: TableOptions, of: str, command: str) -> list[Record]:
+def _some(records: list[Record], job: Job, asked: TableOptions, of: str) -> list[Record]:
     """``records``, if there are any. Jobs of another precision are other jobs, and machines choose differently."""
     if records:
         return records
     other = "bf16" if job.precision == "fp32" else "fp32"
     where = f"{asked.output} with precision {job.precision} (--device {asked.device}, --precision {asked.precision})"
+    what = asked.suite or f"--methods {asked.methods}"
     raise UserError(
-        f"there are no records of this {of} in {where}: `{command}` makes them; for {other}: --precision {other}"
+        f"there are no records of this {of} in {where}: `dfkd-bench {'ablate' if of == 'ablation' else 'run'} {what}` "
+        f"with the same options makes them; for {other}, if there are such: --precision {other}"
     )
 
 

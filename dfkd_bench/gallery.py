@@ -114,17 +114,21 @@ def _numbers(one: Group) -> dict[str, str]:
     found = {}
     for heading, name in NUMBERS.items():
         values = [value for run in one.scored if (value := run.diversity.get(name)) is not None]
-        found[heading] = f"{fmean(values):.2f}" if values else "-"
+        fewer = f"\n(n = {len(values)})" if len(values) < sum(bool(run.diversity) for run in one.scored) else ""
+        found[heading] = f"{fmean(values):.2f}{fewer}" if values else "-"
     return found
 
 
 def _advice(missing: Sequence[Group]) -> str:
-    if not missing:
-        return ""
-    return (
-        f"no images of {', '.join(one.label for one in missing)} are at hand: the runs were made elsewhere or before "
-        "images were kept; run them here with --output to a new folder and draw from that"
-    )
+    failed = [one.label for one in missing if not one.scored]
+    elsewhere = [one.label for one in missing if one.scored]
+    parts = [f"{', '.join(failed)} has no finished run: the table says why"] if failed else []
+    if elsewhere:
+        parts.append(
+            f"no images of {', '.join(elsewhere)} are at hand: the runs were made elsewhere or before images were "
+            "kept; run them here with --output to a new folder and draw from that"
+        )
+    return "; ".join(parts)
 
 
 def _notes(groups: Sequence[Group], dataset: DataSet, seeds: dict[str, int]) -> list[str]:

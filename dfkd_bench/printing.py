@@ -65,13 +65,13 @@ def results(suite: Suite, records: Sequence[Record], output: Path, verbose: bool
     from dfkd_bench.runfolder import student_file
 
     built, wrong = _tables(suite, records, stale)
+    place = output / "tables" / f"{suite.name}.md"
+    if built:  # written before anything is printed: whoever reads the head only (`| head`) has all of it on disk
+        write_text(place, "\n".join(tables.to_markdown(item) for item in built))
+        write_text(place.with_suffix(".csv"), tables.to_csv(*built))
     for item in built:
         plain(tables.to_text(item, out.width))
     if built:
-        place = output / "tables" / f"{suite.name}.md"
-        write_text(place, "\n".join(tables.to_markdown(item) for item in built))
-        csv = place.with_suffix(".csv")
-        write_text(csv, tables.to_csv(*built))
         drawn, undrawn = figures(suite, records, output)
         wrong = wrong or undrawn
         plain(f"\ntable:   {place} (and .csv)")
@@ -205,11 +205,11 @@ def ablation_results(
     from dfkd_bench.report import table as tables
 
     built = _ablation_table(planned, records, stale)
-    plain(ablation_table.to_text(built, out.width))
     place = output / "ablations" / f"{planned.ablation.stem}.md"
     write_text(place, ablation_table.to_markdown(built))
     write_text(place.with_suffix(".csv"), tables.to_csv(built.table))
     write_text(place.with_name(f"{place.stem}-verdicts.csv"), ablation_table.verdicts_csv(built))
+    plain(ablation_table.to_text(built, out.width))
     finished = any(record.last is not None for record in records)
     figure = ablation_figure(planned, records, output) if finished else "none: no run has an accuracy"
     plain(f"\ntable:   {place} (and .csv, -verdicts.csv)\nfigure:  {figure}")

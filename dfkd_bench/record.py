@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
+import json
 import platform
 import subprocess
 import sys
@@ -181,15 +182,26 @@ def write(output: Path, record: Record) -> Path:
 def read(path: Path) -> Record:
     """Read one record; a damaged or foreign file is a ``UserError`` that names it."""
     try:
-        record = Record.model_validate_json(path.read_bytes())
+        content = path.read_bytes()
+        version = _schema_version(content)
+        if version is not None and version != SCHEMA_VERSION:
+            raise UserError(f"{path} has schema version {version}, this version reads {SCHEMA_VERSION}: keep it")
+        return Record.model_validate_json(content)
     except OSError as error:
         raise UserError(f"can't read the record {path}: {error.strerror or error}") from None
     except ValidationError as error:
         line = f"{path} is damaged or no record of schema version {SCHEMA_VERSION} ({validation_line(error)})"
         raise UserError(f"{line}: put it back, or delete it to have the run done again") from None
-    if record.schema_version != SCHEMA_VERSION:
-        raise UserError(f"{path} has schema version {record.schema_version}, this version reads {SCHEMA_VERSION}")
-    return record
+
+
+def _schema_version(content: bytes) -> int | None:
+    """What a record says of itself; another version may have other fields. None: it says nothing."""
+    try:
+        known = json.loads(content)
+    except ValueError:
+        return None
+    version = known.get("schema_version") if isinstance(known, dict) else None
+    return version if isinstance(version, int) else None
 
 
 def read_all(output: Path) -> Iterator[Record]:

@@ -810,6 +810,21 @@ def test_a_figure_of_a_sweep(tmp_path: Path) -> None:
     assert path.stat().st_size > 5000
 
 
+def test_rows_of_a_sweep_that_differ_otherwise_are_other_curves() -> None:
+    rows = [
+        row(f"{encoder}, {steps}", [run(encoder, seed, value + seed, steps=steps) for seed in (0, 1)])
+        for encoder, steps, value in (("sbert", 2, 80.0), ("sbert", 5, 85.0), ("onehot", 5, 60.0))
+    ]
+    curves_ = ablation_figure._curves(rows, "generator_steps")
+    assert curves_ == {"nayer, encoder sbert": {2: [80, 81], 5: [85, 86]}, "nayer, encoder onehot": {5: [60, 61]}}
+
+
+def test_a_long_name_of_a_row_is_folded(tmp_path: Path) -> None:
+    name = "a setting whose name is much longer than others are"
+    text = dots([name, "b"], [Panel("accuracy", {name: [90.0]})], tmp_path / "x.svg").read_text(encoding="utf-8")
+    assert "<!-- longer than others are -->" in text
+
+
 def test_nothing_to_draw_is_one_line(tmp_path: Path) -> None:
     chosen, rows = example()
     with pytest.raises(UserError, match="nothing to draw"):
@@ -869,7 +884,7 @@ def test_ablations_are_listed_with_their_command(command: Command) -> None:
         (("table", "nayer_noise", "--diversity"), "--diversity is for suites, and nayer_noise is an ablation"),
         (("table", "nayer_noise", "--no-controls"), "nayer_noise has no controls: leave out --no-controls"),
         (("table", "nayer_noise"), "there are no records of this ablation in"),
-        (("plot", "nayer_noise"), "`dfkd-bench ablate nayer_noise` makes them; for bf16: --precision bf16"),
+        (("plot", "nayer_noise"), "`dfkd-bench ablate nayer_noise` with the same options makes them; for bf16, if"),
         (("ablate", "nayer_noise", "--rerun", "all"), "unknown value of --rerun 'all'"),
         (("ablate", "nayer_noise", "-d", "digit"), "did you mean 'digits'"),
     ],

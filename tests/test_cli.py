@@ -27,6 +27,8 @@ from dfkd_bench.record import write as write_record
 from dfkd_bench.run import failed
 from dfkd_bench.suite import expand, make_suite
 
+RESULTS = Path(__file__).parents[1] / "results"
+
 FAILING = """
 from dfkd_bench.method import Method, MethodConfig, Synthesis
 
@@ -160,7 +162,7 @@ DIGITS = ("-m", "nayer", "-d", "digits")
         (("describe", "gone.py"), "there is no plugin file"),
         (("check", "gone.py"), "there is no plugin file"),
         (("table", *DIGITS), "there are no records of this suite in dfkd-results with precision fp32 (--device auto,"),
-        (("table", *DIGITS, "--precision", "bf16"), "for fp32: --precision fp32"),
+        (("table", *DIGITS, "--precision", "bf16"), "if there are such: --precision fp32"),
         (("table", *DIGITS, "--format", "html"), "unknown format 'html'"),
         (("plot", *DIGITS), "there are no records"),
         (("teacher", "train", "-d", "digits", "--model", "wrn16_3"), "unknown model 'wrn16_3'"),
@@ -329,6 +331,15 @@ def test_a_tilde_is_the_users_home(
 
 def test_a_tilde_of_nobody_is_one_line(command: Command) -> None:
     assert "no home folder of that user" in command("table", *DIGITS, "--output=~nobody_here/x").error()
+
+
+def test_a_terminal_of_another_encoding_gets_what_it_can_show(command: Command) -> None:
+    """Tables have signs such as a double dagger."""
+    environment = {**os.environ, "PYTHONIOENCODING": "latin-1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    line = [sys.executable, "-m", "dfkd_bench", "table", "smoke_digits", "-o", str(RESULTS)]
+    done = subprocess.run(line, env=environment, capture_output=True, timeout=120, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert "nayer?".encode("latin-1") in done.stdout
 
 
 STALE = "2 runs of failing were made by other code than today's: `--rerun stale` makes them anew"

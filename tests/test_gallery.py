@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -146,6 +147,11 @@ def test_a_class_is_called_as_its_data_set_writes_it() -> None:
     assert _head(class_names.AS_WRITTEN["t shirt/top"]) == ["T-shirt/top"]
 
 
+def test_a_row_of_failed_runs_is_not_said_to_be_elsewhere(ran: Ran) -> None:
+    failed = ran.records["nayer"].model_copy(update={"status": "failed", "last": None, "best": None, "curve": ()})
+    assert gallery._advice(group([failed], ())) == "nayer has no finished run: the table says why"
+
+
 def test_damaged_images_are_one_line_that_names_the_file(home: Path) -> None:
     path = home / "runs" / "0123456789ab" / IMAGES
     path.parent.mkdir(parents=True)
@@ -278,6 +284,18 @@ def test_the_table_gives_mean_and_interval_over_seeds(ran: Ran) -> None:
     text = table.to_text(diversity.build(records, "t"))
     assert "0.85 ± 0.64" in text  # t(0.975, 1) * 0.0707 / sqrt(2)
     assert "over that of 360 real images of the test split" in " ".join(text.split())
+
+
+def test_a_measure_of_fewer_seeds_says_of_how_many(ran: Ran) -> None:
+    records = seeds(ran.records["nayer"], measures(0.8), {**measures(0.9), "between": None})
+    text = table.to_text(diversity.build(records, "t"))
+    assert re.search(r"1\.00 +\(n = 1\)", text)
+    assert gallery._numbers(group(records, ())[0])["between classes"] == "1.00\n(n = 1)"
+
+
+def test_the_table_of_diversity_fits_a_narrow_terminal(ran: Ran) -> None:
+    lines = table.to_text(diversity.build(seeds(ran.records["nayer"], measures(0.8), measures(0.9)), "t"), 60)
+    assert max(map(len, lines.splitlines())) <= 60
 
 
 def test_shares_are_in_percent_and_none_is_a_dash(ran: Ran) -> None:

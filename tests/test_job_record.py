@@ -200,7 +200,7 @@ def _with_unknown_key(text: str) -> str:
 
 
 def _of_the_future(text: str) -> str:
-    return json.dumps(json.loads(text) | {"schema_version": 99})
+    return json.dumps(json.loads(text) | {"schema_version": 99, "energy": 3})
 
 
 @pytest.mark.parametrize("damage", [_truncated, _without_job, _with_unknown_key, _of_the_future])
@@ -211,6 +211,7 @@ def test_a_damaged_or_foreign_record_is_one_line_that_names_it(damage: Callable[
         read(path)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
+    assert ("delete" in str(caught.value)) == (damage is not _of_the_future)  # that one is a good run
 
 
 def test_a_missing_record_is_one_line_that_names_it(tmp_path: Path) -> None:

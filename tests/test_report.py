@@ -19,7 +19,7 @@ from dfkd_bench.job import Job, ProtocolName, TeacherSpec
 from dfkd_bench.method import Schedule
 from dfkd_bench.record import Counters, MethodFacts, Point, Record, Score, TeacherFacts
 from dfkd_bench.report.groups import group
-from dfkd_bench.report.layout import Row, shortened
+from dfkd_bench.report.layout import Column, Row, shortened
 from dfkd_bench.report.plots import accuracy_against_time, band
 from dfkd_bench.report.published import NAMES, distinct, published
 from dfkd_bench.report.statistics import interval, paired_difference
@@ -463,6 +463,13 @@ def test_changed_code_is_noted() -> None:
     assert noted(table, "the method's code changed between the runs of fm")
 
 
+def test_the_code_of_a_failed_run_is_no_change() -> None:
+    other = MethodFacts(origin="built-in", distribution="dfkd-bench", version="0.1.0", source_sha256="00" * 32)
+    failed = run("fm", 1, None, status="failed", reason="no luck").model_copy(update={"method": other})
+    table = build([run("fm", 0), failed], TITLE)
+    assert not any("code changed" in note for note in table.notes)
+
+
 def test_validation_is_never_called_test() -> None:
     table = cifar10(cifar_run("fm", evaluate_on="validation"))
     assert "test" not in to_text(table).split("[1]")[0].replace("Student-t", "")
@@ -519,6 +526,24 @@ def test_numbers_align_at_the_decimal_point() -> None:
     found = [cifar_run("fm", 0, 9.5), cifar_run("nayer", 0, 90.0), cifar_run("nayer", 1, 91.0)]
     lines = [line for line in to_text(cifar10(*found)).splitlines() if line.startswith(("teacher", "fm", "nayer"))]
     assert len({line.index(".") for line in lines}) == 1
+
+
+def test_a_heading_over_columns_stands_over_no_others() -> None:
+    def column(key: str, over: str = "") -> Column:
+        return Column(key, key, lambda row: ("1.0",), over)
+
+    columns = (column("a"), column("b", "a heading that is longer"), column("c"), column("d", "short"))
+    text = to_text(Table(TITLE, columns, (Row("x", "method", None, None),), (), (), {}))
+    over, names = text.splitlines()[2:4]
+    for name, heading in (("b", "a heading that is longer"), ("d", "short")):
+        assert over.index(heading) <= names.index(name) <= over.index(heading) + len(heading)
+
+
+def test_latex_rows_may_begin_with_a_bracket() -> None:
+    """Behind ``\\midrule`` it would be an option of that."""
+    lines = to_latex(build([run("fm", 0), run("[x]", 0)], TITLE)).splitlines()
+    assert any(line.startswith("{}[x]") for line in lines)
+    assert not any(line.startswith(("[", "*")) for line in lines)
 
 
 def test_what_a_narrow_text_leaves_out_is_said(digits: Table) -> None:
@@ -639,6 +664,12 @@ def test_a_dollar_sign_begins_no_formula(tmp_path: Path) -> None:
     found = [run("fm", 0, config={"prompt": rf"${prompt}\nothing$"}) for prompt in "ab"]
     path = accuracy_against_time(found, tmp_path / "curve.svg", r"$\nothing$")
     assert path.stat().st_size > 1000
+
+
+def test_a_long_title_of_a_plot_is_folded(tmp_path: Path) -> None:
+    title = "digits: spaceshipnet, pre_dfkd, cae_dfkd, mb_dfkd, ta_dfkd, deepinv"
+    text = accuracy_against_time([run("fm", 0)], tmp_path / "curve.svg", title).read_text(encoding="utf-8")
+    assert "<!-- ta_dfkd, deepinv -->" in text
 
 
 def test_a_plot_says_what_its_bands_and_times_are(tmp_path: Path) -> None:

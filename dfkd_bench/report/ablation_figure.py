@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dfkd_bench.ablation import Ablation, Measure, RowRecords, axis_value
+from dfkd_bench.job import Job
 from dfkd_bench.report.ablation_table import SCALES
 from dfkd_bench.report.plots import Panel, dots, sweep
 from dfkd_bench.report.verdicts import Measured, level_in, measured, scored
@@ -49,13 +50,23 @@ def _seeds(results: Sequence[RowRecords]) -> str:
 
 
 def _curves(results: Sequence[RowRecords], axis: str) -> dict[str, dict[float, list[float]]]:
+    """Label -> setting -> accuracies. Rows of a method that differ in something else, too, are other curves."""
+    runs = [(item.row.method, run, _others(run.job, axis)) for item in results for run in scored(item).values()]
     curves: dict[str, dict[float, list[float]]] = {}
-    for item in results:
-        for run in scored(item).values():
-            setting = axis_value(run.job, axis)
-            if setting is not None and run.last:
-                curves.setdefault(item.row.method, {}).setdefault(setting, []).append(run.last.accuracy)
+    for method, run, others in runs:
+        setting = axis_value(run.job, axis)
+        if setting is None or not run.last:
+            continue
+        same = [seen for of, _, seen in runs if of == method]
+        apart = [f"{name} {value}" for name, value in others.items() if any(seen.get(name) != value for seen in same)]
+        label = ", ".join([method, *(text.replace("_", " ") for text in apart)])
+        curves.setdefault(label, {}).setdefault(setting, []).append(run.last.accuracy)
     return curves
+
+
+def _others(job: Job, axis: str) -> dict[str, object]:
+    """Every setting of a run but the axis."""
+    return {name: value for name, value in {**job.schedule.model_dump(), **job.config}.items() if name != axis}
 
 
 def _panels(ablation: Ablation, results: Sequence[RowRecords]) -> list[Panel]:

@@ -74,7 +74,8 @@ def _columns(found: Mapping[str, Mapping[str, Sequence[float]]]) -> tuple[Column
                 return ("-",)
             mean = interval(seeds)
             spread = "" if mean.half_width is None or not over else f" ± {mean.half_width:.{digits}f}"
-            return (f"{mean.mean:,.{digits}f}{spread}",)
+            fewer = f" (n = {mean.n})" if mean.n < len(found[row.label]["images"]) else ""
+            return (f"{mean.mean:,.{digits}f}{spread}{fewer}",)
 
         return Column(name, heading, lines, over)
 
@@ -111,4 +112,4 @@ def _notes(groups: Sequence[Group], found: Mapping[str, Mapping[str, Sequence[fl
         "balance: entropy of the teacher's mean answer, 1 is uniform; unnamed: classes that are never its answer; "
         f"equal, near: images with a double, or one within {NEAR:g} by root mean square of pixels in [0, 1]"
     )
-    yield "means over n seeds, ± half-width of the Student-t 95 % interval"
+    yield "means over n seeds, or as many as have a number, ± half-width of the Student-t 95 % interval"

@@ -103,7 +103,7 @@ def _draw_block(
 ) -> None:
     middle = upper + cell / 2
     note = textwrap.wrap(block.note, 24)[:1]
-    label = textwrap.wrap(block.label, 17)[: int((cell + _GAP - _LINE) / (1.15 * _LINE))]
+    label = textwrap.wrap(block.label, 15)[: int((cell + _GAP - _LINE) / (1.15 * _LINE))]
     first = middle - (1.15 * len(label) + len(note)) * _LINE / 2
     colour = _GREY if block.is_control else "black"
     for index, line in enumerate(label):

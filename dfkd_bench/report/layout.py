@@ -357,7 +357,7 @@ def _warnings(groups: Sequence[Group], rows: Sequence[Row]) -> Iterable[str]:
     commits = sorted({str(record.git["commit"])[:7] for record in scored if record.git.get("commit")})
     if len(commits) > 1:
         yield f"runs were made at several commits ({', '.join(commits)}), which may differ in speed"
-    changed = [one.label for one in groups if len({record.method.source_sha256 for record in one.records}) > 1]
+    changed = [one.label for one in groups if len({record.method.source_sha256 for record in one.scored}) > 1]
     if changed:
         yield f"the method's code changed between the runs of {', '.join(changed)}"
 

@@ -26,6 +26,7 @@ WIDE = (7.0, 3.6)
 """Inches: one column of a two-column paper, and both."""
 
 LETTERS = 16.8  # of a title, an inch
+ROW_LETTERS = 30  # of a row's name, a line
 CROWDED = 8  # methods; with more, bands would hide the lines
 
 FORMATS = (".png", ".pdf", ".svg")
@@ -106,7 +107,7 @@ def accuracy_against_time(
         _draw(axes, curves, crowded)
         _draw_teacher(axes, records)
         if title:
-            axes.set_title(title, loc="left")
+            axes.set_title(_folded(title, (WIDE if crowded else SIZE)[0] - _BESIDE), loc="left")
         if crowded:
             ends = {one.label: curve.mean[-1] for one, curve in curves}
             lines, names = axes.get_legend_handles_labels()
@@ -147,16 +148,17 @@ def dots(labels: Sequence[str], panels: Sequence[Panel], path: Path, title: str 
     """
     if not any(values for panel in panels for values in panel.values.values()):
         raise UserError("no finished run: nothing to draw; see the table for the reasons")
-    size = (SIZE[0] + 1.6 * (len(panels) - 1), 1.2 + 0.2 * max(3, len(labels)))
+    names = ["\n".join(textwrap.wrap(label, ROW_LETTERS)) for label in labels]
+    rows = sum(0.2 + 0.09 * name.count("\n") for name in names)
+    size = (SIZE[0] + 1.6 * (len(panels) - 1), 1.2 + max(0.6, rows))
     with new_figure(path, size) as figure:
         every = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
         for axes, panel, colour in zip(every, panels, _COLOURS, strict=False):
             _draw_dots(axes, labels, panel, colour)
-        every[0].set_yticks(range(len(labels)), labels)
+        every[0].set_yticks(range(len(labels)), names)
         every[0].set_ylim(len(labels) - 0.5, -0.5)
         if title:
-            lines = [part for line in title.splitlines() for part in textwrap.wrap(line, int(LETTERS * size[0]))]
-            figure.suptitle("\n".join(lines), fontsize=STYLE["axes.titlesize"], x=0.01, ha="left")
+            figure.suptitle(_folded(title, size[0]), **_TITLE)
         figure.supxlabel("bars: 95 % interval, dots: seeds", fontsize=STYLE["legend.fontsize"], color=_GREYS[0])
     return path
 
@@ -233,9 +235,18 @@ def sweep(
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
         if title:
-            axes.set_title(title, loc="left")
+            axes.set_title(_folded(title, SIZE[0] - _BESIDE), loc="left")
         figure.legend(loc="outside lower center", ncols=3, frameon=False, columnspacing=1.2, handlelength=2.2)
     return path
+
+
+_TITLE: Any = {"fontsize": STYLE["axes.titlesize"], "x": 0.01, "ha": "left"}
+_BESIDE = 0.5  # inches left of the axes, over which their title begins
+
+
+def _folded(title: str, width: float) -> str:
+    """Lines that a figure of ``width`` inches has room for."""
+    return "\n".join(part for line in title.splitlines() for part in textwrap.wrap(line, int(LETTERS * width)))
 
 
 @contextmanager

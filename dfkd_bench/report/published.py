@@ -50,6 +50,7 @@ method's idea (guided, KDCI, condensed samples); noise whose distribution is not
 
 CAUTIONS: Mapping[tuple[str, str], str] = {
     ("FAST_README_cifar10", "KD_original_data"): "probably a misprint: one number for all five pairs",
+    ("DAFL_T3", "Normal noise"): "noise of a normal distribution; the control's is uniform",
 }
 """(table, name in the CSV) -> what a reader must know about the number."""
 

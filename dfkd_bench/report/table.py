@@ -19,10 +19,15 @@ WIDTH = 120
 
 _GAP = "  "
 _LABEL_WIDTH, _KNOWLEDGE_WIDTH = 26, 24
-_DROPPED_FIRST = ("knowledge", "sampling", "memory", "images", "synthesis", "distillation", "published")
+_DROPPED_FIRST = (
+    *("knowledge", "sampling", "memory", "duplicates", "near_duplicates", "images", "unanswered", "class_balance"),
+    *("density", "synthesis", "distillation", "published", "noisy_layer_bytes", "between"),
+)
 """What a narrow text table leaves out, in this order. Accuracy, seeds and total time always stay."""
 
-_NUMBER = re.compile(r"(?P<whole>[\d,]+|-)(?P<part>\.\d+)?( ± (?P<half>\d+)(?P<rest>\.\d+)?)?(?P<mark> \[\d+\])?")
+_NUMBER = re.compile(
+    r"(?P<whole>[\d,]+|-)(?P<part>\.\d+)?( ± (?P<half>\d+)(?P<rest>\.\d+)?)?(?P<mark> \[\d+\]| \(n = \d+\))?"
+)
 
 
 def to_text(table: Table, width: int | None = None) -> str:
@@ -94,7 +99,8 @@ def to_latex(table: Table) -> str:
         if (row.section == "method") != (section == "method") or not section:
             lines.append(r"\midrule")
         section = row.section
-        lines.append(" & ".join(_latex_cell(column, row) for column in columns) + r" \\")
+        cells = " & ".join(_latex_cell(column, row) for column in columns) + r" \\"
+        lines.append(f"{{}}{cells}" if cells[0] in "[*" else cells)  # else they belong to the command before
     lines += [r"\bottomrule", r"\end{tabular}", r"\par\smallskip", r"\begin{minipage}{\linewidth}\footnotesize"]
     notes = [*_labelled_remarks(table), *table.notes]
     notes += [f"[{number}] {text}" for number, text in enumerate(table.references, 1)]
@@ -178,19 +184,31 @@ def _aligned(lines: Sequence[str]) -> list[str]:
 
 
 def _widths(columns: Sequence[Column], blocks: Sequence[Sequence[Sequence[str]]]) -> list[int]:
-    return [
+    widths = [
         max(len(column.name), *(len(line) for row in blocks for line in row[index]))
         for index, column in enumerate(columns)
     ]
+    for name, start, end in _spans(columns):
+        lacking = len(f" {name} ") - (sum(widths[start:end]) + len(_GAP) * (end - start - 1))
+        if name and lacking > 0:  # a heading over several columns stands over no others
+            widths[end - 1] += lacking
+    return widths
+
+
+def _spans(columns: Sequence[Column]) -> Iterable[tuple[str, int, int]]:
+    """The headings over the columns' names, with the first column below and the one after the last."""
+    start = 0
+    for name, span in groupby(columns, key=lambda column: column.over):
+        end = start + len(list(span))
+        yield name, start, end
+        start = end
 
 
 def _heading(columns: Sequence[Column], widths: Sequence[int]) -> list[str]:
-    over, start = "", 0
-    for name, span in groupby(columns, key=lambda column: column.over):
-        count = len(list(span))
-        width = sum(widths[start : start + count]) + len(_GAP) * (count - 1)
+    over = ""
+    for name, start, end in _spans(columns):
+        width = sum(widths[start:end]) + len(_GAP) * (end - start - 1)
         over += (f" {name} ".center(width, "-") if name else " " * width) + _GAP
-        start += count
     return [over, _joined([column.name for column in columns], columns, widths)]
 
 
