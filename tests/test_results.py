@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import re
 import shlex
+from collections.abc import Iterator
+from decimal import ROUND_HALF_UP, Decimal
 from pathlib import Path
 
 import pytest
@@ -90,6 +93,40 @@ def test_every_row_of_a_committed_ablation_has_five_seeds_or_a_reason(stem: str)
 def test_the_readme_shows_the_committed_table() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert tables.to_text(built("smoke_digits"), 120) in readme
+
+
+PAGES = ("README.md", "docs/ablations.md")
+INTERVAL = re.compile(r"([+-]?\d+\.\d+)(?: times)?(?: as fast)? \[(-?\d+\.\d+), (-?\d+\.\d+)\]")
+
+
+def rounded(value: float, like: str) -> float:
+    """To as many digits as ``like`` has, halves away from zero."""
+    digits = len(like.partition(".")[2])
+    return float(Decimal(repr(value)).quantize(Decimal(1).scaleb(-digits), ROUND_HALF_UP))
+
+
+def verdicts() -> Iterator[tuple[float, float, float]]:
+    """Advantage, low and high of every comparison, and of the same the other way round."""
+    for path in sorted((RESULTS / "ablations").glob("*-verdicts.csv")):
+        for line in csv.DictReader(path.read_text(encoding="utf-8").splitlines()):
+            if all(line[name] not in ("", "inf", "-inf") for name in ("advantage", "low", "high")):
+                mean, low, high = (float(line[name]) for name in ("advantage", "low", "high"))
+                yield mean, low, high
+                yield -mean, -high, -low
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_intervals_of_a_page_are_those_of_the_verdicts(page: str) -> None:
+    """Rounded once, from the full numbers."""
+    known = list(verdicts())
+    quoted = INTERVAL.findall((ROOT / page).read_text(encoding="utf-8"))
+    assert len(quoted) > 5
+    strangers = []
+    for texts in quoted:
+        values = tuple(map(float, texts))
+        if not any(tuple(map(rounded, exact, texts)) == values for exact in known):
+            strangers.append(texts)
+    assert strangers == []
 
 
 COMMANDS = re.findall(r"^    dfkd-bench ([^#\n]+)", (RESULTS / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
