@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import difflib
 import errno
+import traceback
 from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -35,6 +37,15 @@ def validation_line(error: ValidationError) -> str:
     given = "" if first["type"] in ("missing", "value_error", "json_invalid") else f" (given: {first['input']!r})"
     message = first["msg"].removeprefix("Value error, ")
     return f"{where}: {message}{given}" if where else message
+
+
+def place_in(error: BaseException, file: Path | None) -> str:
+    """`` (layer.py:89)``: the last line of ``file`` that an error went through; "" if it came from elsewhere."""
+    if file is None:
+        return ""
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if Path(frame.filename).resolve() == file.resolve()]
+    return f" ({file.name}:{lines[-1]})" if lines else ""
 
 
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}

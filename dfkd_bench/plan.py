@@ -20,7 +20,8 @@ from dfkd_bench.suite import Suite, expand
 from dfkd_bench.workload import longest_first
 
 JobState = Literal["new", "interrupted", "running", "done", "failed", "stale"]
-"""``interrupted``: goes on from its checkpoint. ``stale``: done, but the method's source has changed since."""
+"""``interrupted``: goes on from its checkpoint. ``stale``: done, but the method's source has changed since. A run that
+failed with other code than today's is ``new``: there is no result to lose, and the change may well mend it."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,8 @@ def _where_it_stands(job: Job, output: Path, today: str, same_results: frozenset
     if path.is_file():
         found = record.read(path)
         if found.status == "failed":
-            return Planned(job, "failed", _cited_as(job, found))
+            state: JobState = "failed" if found.is_of_today(same_results) else "new"
+            return Planned(job, state, _cited_as(job, found))
         if not found.is_fresh(same_results):
             return Planned(job, "stale", _cited_as(job, found))
         return Planned(job, "done", _as_of_today(job, found, today, same_results))
@@ -187,12 +189,16 @@ def carry_out(
         tasks = [local.TeacherTask(dataset.name, spec, jobs[0].precision) for spec in missing]
         names, equal = [f"teacher {task.spec.model}" for task in tasks], [1 / len(tasks) for _ in tasks]
         local.train_teachers(tasks, place, devices, _listener("teachers", names, equal, report))
-        _one_teacher(jobs, [item for item in plan.planned if item.state not in rerun], dataset, place.output)
+        _one_teacher(jobs, [item for item in plan.planned if item.state not in {"new", *rerun}], dataset, place.output)
         for spec in _teachers_of(jobs):
             teachers.keep_beside(dataset, spec, place.output)
         for item in plan.planned:  # a record that is made anew must not be taken for the old one if the run dies
             path = record.record_path(place.output, item.job)
-            if item.state in rerun and path.is_file() and _cited_as(item.job, record.read(path)) == item.record:
+            if (
+                item.state in {"new", *rerun}
+                and path.is_file()
+                and _cited_as(item.job, record.read(path)) == item.record
+            ):
                 path.unlink(missing_ok=True)  # else another made it; a task that was asked the same may be quicker
         jobs, shares = longest_first(jobs, found, dataset.num_classes)
         labels = [f"{job.method} seed {job.seed}" for job in jobs]

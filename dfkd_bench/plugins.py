@@ -251,6 +251,8 @@ def discover(files: Sequence[Path] = ()) -> Plugins:
         module = _import_file(path)
         if _method_classes(module):
             _put(methods, _file_source(path))
+        elif lacking := _lacking(module):
+            raise UserError(f"plugin {path}: {lacking}")
         for group in found:
             values = getattr(module, group.upper(), {})
             if not isinstance(values, Mapping):
@@ -263,6 +265,10 @@ def discover(files: Sequence[Path] = ()) -> Plugins:
                     raise UserError(f"plugin {path}: {group.upper()}['{name}'] {wrong} (docs/own_models_and_data.md)")
                 found[group][name] = value
     return Plugins(methods, files=tuple(path.resolve() for path in files), broken=broken, **found)
+
+
+RESERVED = ("all", "teacher")
+"""No method's names: ``--methods all``, ``-s teacher.epochs=9``."""
 
 
 @cache
@@ -281,7 +287,11 @@ def method_file(path: Path) -> Source:
     """The source of the method in one file."""
     module = _import_file(path)
     if not _method_classes(module):
-        raise UserError(f"{path} defines no subclass of dfkd_bench.method.Method")
+        raise UserError(f"{path} defines no subclass of dfkd_bench.method.Method{_lacking(module, ': ')}")
+    others = {
+        source.name: source for source in _built_in() if source.path is None or source.path.resolve() != path.resolve()
+    }
+    _put(others, _file_source(path))  # its name may be taken, or reserved
     return _file_source(path)
 
 
@@ -378,6 +388,11 @@ def _path_of(module: str) -> Path | None:
 
 
 def _put(methods: dict[str, Source], source: Source) -> None:
+    if source.name in RESERVED:
+        raise UserError(
+            f"a method can't be called '{source.name}' ({source.describe()}), which has another meaning in commands: "
+            "give it another name"
+        )
     other = methods.get(source.name)
     if other is not None:
         raise UserError(f"two methods are called '{source.name}': {other.describe()} and {source.describe()}")
@@ -419,15 +434,26 @@ def _import_file(path: Path) -> ModuleType:
 
 
 def _method_classes(module: ModuleType) -> list[type[Method]]:
+    return [found for found in _subclasses(module) if not inspect.isabstract(found)]
+
+
+def _lacking(module: ModuleType, before: str = "") -> str:
+    """What keeps the only subclasses of a module from being methods; "" if there are none."""
+    parts = [
+        f"class {found.__name__} lacks {' and '.join(sorted(found.__abstractmethods__))}, which every method defines"
+        for found in _subclasses(module)
+        if inspect.isabstract(found)
+    ]
+    return before + "; ".join(parts) if parts else ""
+
+
+def _subclasses(module: ModuleType) -> list[type[Method]]:
     from dfkd_bench.method import Method
 
     return [
         value
         for value in vars(module).values()
-        if inspect.isclass(value)
-        and issubclass(value, Method)
-        and value.__module__ == module.__name__
-        and not inspect.isabstract(value)
+        if inspect.isclass(value) and issubclass(value, Method) and value.__module__ == module.__name__
     ]
 
 

@@ -42,6 +42,7 @@ class Pool:
     ) -> None:
         self.cap = cap
         self.made = 0  # images ever added
+        self._unfit = torch.zeros(2, dtype=torch.int64, device=device)  # of these: not finite, outside of [0, 1]
         self._adds = adds
         self._added = 0  # calls so far
         self._device = device
@@ -71,9 +72,17 @@ class Pool:
             if rows.shape[0] != images.shape[0]:
                 raise ValueError(f"extra '{name}' has {rows.shape[0]} rows for {images.shape[0]} images")
         self._added += 1
+        self._unfit += _unfit(images.detach())
         self._append(to_uint8(images.detach()), {name: rows.detach() for name, rows in extras.items()})
         self.made += images.shape[0]
         self._shuffle.restart()
+
+    @property
+    def unfit(self) -> tuple[int, int]:
+        """Of the images ever added: how many had a pixel that is not finite, and how many one outside of [0, 1] by more
+        than a step of 8 bits. The device is waited for."""
+        not_finite, outside = self._unfit.tolist()
+        return not_finite, outside
 
     def draw(self, size: int) -> Tensor:
         """The next up to ``size`` images of the pass, float32 [b, C, H, W] in [0, 1]."""
@@ -89,7 +98,7 @@ class Pool:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything but the images and extras, which the checkpoint appends to a file of their own."""
-        state = {"made": self.made, "added": self._added, "size": self._size}
+        state = {"made": self.made, "added": self._added, "size": self._size, "unfit": list(self.unfit)}
         return {**state, "shuffle": self._shuffle.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any], images: Tensor, extras: Mapping[str, Tensor]) -> None:
@@ -100,6 +109,7 @@ class Pool:
         if self._size != state["size"]:
             raise ValueError(f"the saved pool has {self._size} images, {state['size']} were expected")
         self.made = state["made"]
+        self._unfit = torch.tensor(state.get("unfit", [0, 0]), device=self._device)
         self._shuffle.load_state_dict(state["shuffle"])
 
     @property
@@ -167,6 +177,20 @@ class Pool:
             _move_down(rows[: self._size], drop)
         rows[stay:kept] = new[-(kept - stay) :]
         return rows
+
+
+def _unfit(images: Tensor) -> Tensor:
+    """How many of [n, C, H, W] have a pixel that is not finite, and how many of the others one outside of [0, 1]: [2].
+
+    In 8 bits the first ones become black and the others are clamped, so that nobody would see it.
+    """
+    low, high = images.flatten(1).aminmax(dim=1)  # NaN wins in both
+    finite = torch.isfinite(low) & torch.isfinite(high)
+    outside = finite & ((low < -_STEP) | (high > 1 + _STEP))
+    return torch.stack([(~finite).sum(), outside.sum()])
+
+
+_STEP = 1 / 255
 
 
 def _move_down(rows: Tensor, by: int) -> None:

@@ -62,7 +62,7 @@ def results(suite: Suite, records: Sequence[Record], output: Path, verbose: bool
     """
     from dfkd_bench.record import record_path, write_text
     from dfkd_bench.report import table as tables
-    from dfkd_bench.runfolder import student_file
+    from dfkd_bench.runfolder import log_file, student_file
 
     built, wrong = _tables(suite, records, stale)
     place = output / "tables" / f"{suite.name}.md"
@@ -77,11 +77,17 @@ def results(suite: Suite, records: Sequence[Record], output: Path, verbose: bool
         plain(f"\ntable:   {place} (and .csv)")
         plain(f"figure:  {', '.join(map(str, drawn)) or 'none: no run has a curve'}")
     plain(f"records: {output / 'records'} ({len(records)} of this table)")
-    students = {record.job_id: path for record in records if (path := student_file(record.job_id)).is_file()}
+    done = [record for record in records if record.status == "done"]
+    students = {record.job_id: path for record in done if (path := student_file(record.job_id)).is_file()}
     if students:
         first = next(iter(students.values()))
         pattern = f"{first.parents[1]}/<job id>/{first.name} ({len(students)} of this table; --verbose names them)"
         plain(f"student: {first if len(students) == 1 else pattern}")
+    tracebacks = [
+        path for record in records if record.status == "failed" and (path := log_file(record.job_id)).is_file()
+    ]
+    if tracebacks:
+        plain(f"failed:  {tracebacks[0]}{f' and {len(tracebacks) - 1} more' if len(tracebacks) > 1 else ''}")
     if verbose:
         for record in records:
             plain(f"  {record_path(output, record.job)}")

@@ -12,6 +12,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.text import Text
 
 if TYPE_CHECKING:
+    from dfkd_bench.engines.local import Event
     from dfkd_bench.plan import Plan, Step
     from dfkd_bench.teachers import TrainingProgress
 
@@ -86,8 +87,12 @@ class _Bars:
         self._bars.update(self._all[step.stage], completed=done, note=f"{finished}/{step.count}")
 
 
+_SELDOM, _AT_LEAST = 60.0, 600.0
+"""Seconds between two lines of a task that goes on: no sooner, and no later if an epoch ends."""
+
+
 class _Lines:
-    """One line a finished task, with what is left."""
+    """One line a finished task, with what is left; of a long one also where it is, about ten in all."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -95,6 +100,7 @@ class _Lines:
         self._done: dict[str, int] = {}
         self._work: dict[str, float] = {}  # part of the stage's work that is done
         self._accuracy: dict[tuple[str, int], float] = {}
+        self._told: dict[tuple[str, int], tuple[float, int]] = {}  # when a task's last line was, and its tenth then
 
     def __call__(self, step: Step) -> None:
         event = step.event
@@ -105,6 +111,7 @@ class _Lines:
         if event.accuracy is not None:
             self._accuracy[(step.stage, step.index)] = event.accuracy
         if event.state not in ("done", "failed", "busy"):
+            self._going_on(step, event)
             return
         done = self._done[step.stage] = self._done.get(step.stage, 0) + 1
         work = self._work[step.stage] = self._work.get(step.stage, 0.0) + step.share
@@ -114,6 +121,16 @@ class _Lines:
         result = event.reason or (f"{accuracy:.2f} %" if accuracy is not None else event.state)
         spent = f"({elapsed:.0f} s, about {left:.0f} s left)"
         self._console.print(Text(f"{done}/{step.count}  {step.label}: {result}  {spent}"))
+
+    def _going_on(self, step: Step, event: Event) -> None:
+        key, now = (step.stage, step.index), time.monotonic()
+        tenth = 10 * event.epoch // event.epochs if event.epochs else 0
+        last, before = self._told.setdefault(key, (now, 0))
+        if event.state != "running" or now - last < _SELDOM or (tenth == before and now - last < _AT_LEAST):
+            return
+        self._told[key] = (now, tenth)
+        accuracy = f", {event.accuracy:.1f} %" if event.accuracy is not None else ""
+        self._console.print(Text(f"  {step.label}: epoch {event.epoch}/{event.epochs}{accuracy}"))
 
 
 def _doing(step: Step) -> str:

@@ -88,6 +88,8 @@ class Counters(Frozen):
     """Counted by the runner, not by the method."""
 
     images_made: int = 0  # images handed to the pool
+    images_not_finite: int = 0  # of these: they are black in the pool
+    images_clamped: int = 0  # of these: outside of [0, 1]
     teacher_images: int = 0  # images passed through the teacher with gradient in synthesis: the generation cost
     generator_steps: int = 0  # batches, likewise
     guided_images: int = 0  # images passed through the teacher with gradient in student steps (attention, memory, ...)

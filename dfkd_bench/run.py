@@ -20,7 +20,7 @@ from dfkd_bench.augment import Normalize, random_crop_flip, to_unit
 from dfkd_bench.checkpoint import Pace, random_state, restore_random_state, seed_everything
 from dfkd_bench.clock import Clock, peak_memory, total
 from dfkd_bench.compute import Compute, hardware, prepare, resolve_device, set_threads
-from dfkd_bench.errors import UserError, disk_error
+from dfkd_bench.errors import UserError, disk_error, place_in
 from dfkd_bench.evaluate import evaluate, logits_of
 from dfkd_bench.job import Job
 from dfkd_bench.lease import Busy
@@ -63,6 +63,10 @@ class NotDataFree(Exception):
     """A method opened data files while it ran."""
 
 
+class TeacherChanged(Exception):
+    """A method changed the teacher, and so what every accuracy refers to."""
+
+
 class OverBudget(Exception):
     """Protocol `equal`: synthesis passed more images through the teacher than every method is allowed."""
 
@@ -97,7 +101,8 @@ def run(job: Job, place: Place, report: Callable[[EpochDone], None] = lambda don
                 raise problem from error
             folder.check_lease()  # else the error may come from the other process's files
             folder.log(traceback.format_exc())
-            result = failed(job, found, f"{type(error).__name__}: {_first_line(error)}", started, facts)
+            at = place_in(error, found.methods[job.method].path)  # its card may have been broken meanwhile
+            result = failed(job, found, f"{type(error).__name__}: {_first_line(error)}{at}", started, facts)
         folder.check_lease()
         record.write(place.output, result)
         if result.status != "failed":
@@ -194,6 +199,7 @@ class _Run:
             self.teacher = teachers.load(self.dataset, job.teacher, self.device, found.models, place.output)
             self.held_out = teachers.labelled(self.dataset, (job.evaluate_on,), place.data_root, self.device)
         self.compute.place(self.teacher.model)
+        self._teacher_before = fingerprint(self.teacher.model)
         self.teach = teaching(self.teacher.model, self.compute)
         self.embeddings: dict[str, str] = {}
         self.lent: dict[str, data.FolderFacts] = {}  # by the folder's path
@@ -227,10 +233,17 @@ class _Run:
                 epoch = self._resume(bench)
                 self._train(bench, epoch, report)
                 self._refuse_data_files(method_class)
+                self._refuse_another_teacher()
                 student = {name: tensor.cpu().contiguous() for name, tensor in bench.student.state_dict().items()}
                 self.folder.check_lease()
                 record.write_bytes(self.folder.path / STUDENT, safetensors.torch.save(student))
-                counters = Counters(images_made=bench.pool.made, **vars(bench.counts))
+                not_finite, outside = bench.pool.unfit
+                counters = Counters(
+                    images_made=bench.pool.made,
+                    images_not_finite=not_finite,
+                    images_clamped=outside,
+                    **vars(bench.counts),
+                )
             memory = self._peak()  # of the method, not of measuring
             if reason is None:
                 measures = self._measure(bench, task)
@@ -398,6 +411,8 @@ class _Run:
             with self.watch.method(), self.compute.autocast():
                 made = bench.method.synthesize(bench.student, at)
             if made.images is not None:
+                if not made.images.is_floating_point():
+                    raise TypeError(f"`synthesize` returned images of {made.images.dtype}, expected floats in [0, 1]")
                 bench.pool.add(made.images, made.extras)
         self.synthesizing = False
         if self.job.generation_cap is not None and bench.counts.teacher_images > self.job.generation_cap:
@@ -578,6 +593,10 @@ class _Run:
         if opened and "training_data" not in method_class.needs:
             raise NotDataFree(f"the method opened data files while it ran: {', '.join(map(self._public, opened[:3]))}")
 
+    def _refuse_another_teacher(self) -> None:
+        if not torch.equal(self._teacher_before, fingerprint(self.teacher.model)):
+            raise TeacherChanged("the method has changed the teacher's weights or buffers: `check` finds where")
+
     def _public(self, path: str) -> str:
         """A path as it may stand in a record that is passed on: without the user's folders."""
         for name, folder in (("$DFKD_BENCH_HOME", home()), ("$DFKD_BENCH_DATA", self.place.data_root)):
@@ -585,6 +604,12 @@ class _Run:
                 return name + path.removeprefix(str(folder.resolve()))
         parts = Path(path).parts
         return path if len(parts) <= 4 else str(Path("...", *parts[-3:]))
+
+
+def fingerprint(model: nn.Module) -> Tensor:
+    """One number for each weight and buffer, which a change moves in all likelihood; int64 [n], the bits of sums."""
+    sums = [value.detach().double().sum() for value in model.state_dict().values()]
+    return torch.stack(sums).view(torch.int64) if sums else torch.zeros(0, dtype=torch.int64)
 
 
 def count_gradient_passes(teacher: nn.Module, counts: Tally, synthesizing: Callable[[], bool]) -> None:

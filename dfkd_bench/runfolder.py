@@ -26,6 +26,7 @@ from dfkd_bench.record import write_bytes, write_text
 
 IMAGES = "images.safetensors"
 STUDENT = "student.safetensors"
+LOG = "log.txt"
 
 
 class RunFolder:
@@ -77,7 +78,7 @@ class RunFolder:
 
     def log(self, text: str) -> None:
         """Add ``text`` to log.txt, for whoever wants to know more than the record says."""
-        with (self.path / "log.txt").open("a") as file:
+        with (self.path / LOG).open("a") as file:
             file.write(text)
 
     def save(self, state: dict[str, Any], pool: Pool) -> None:
@@ -133,6 +134,11 @@ class RunFolder:
     def forget_checkpoint(self) -> None:
         """After the record of a run that is over is written."""
         shutil.rmtree(self._checkpoint, ignore_errors=True)
+
+
+def log_file(job_id: str) -> Path:
+    """Where the traceback of a failed run is, if the run was made on this machine."""
+    return home() / "runs" / job_id / LOG
 
 
 def student_file(job_id: str) -> Path:

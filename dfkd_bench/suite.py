@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.resources
 import json
 import re
+import shlex
 import tomllib
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -439,7 +440,7 @@ def _imported_spec(dataset: DataSet, model: str, setting: str | None) -> Teacher
         since = "" if imported is None else " again: since then the images or dataset.json have changed"
         raise UserError(
             f"there is no teacher {model} for '{dataset.name}', and there are no training images to train one on: "
-            f"`dfkd-bench teacher import FILE -d {dataset.name} --model {model}`{since}"
+            f"`dfkd-bench teacher import FILE -d {shlex.quote(dataset.name)} --model {model}`{since}"
         )
     return imported.spec
 

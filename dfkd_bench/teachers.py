@@ -26,7 +26,7 @@ from dfkd_bench.checkpoint import load_tree, random_state, restore_random_state,
 from dfkd_bench.compute import Compute, hardware
 from dfkd_bench.data import DataSet, Split, as_tensor
 from dfkd_bench.errors import UserError
-from dfkd_bench.evaluate import evaluate
+from dfkd_bench.evaluate import evaluate, logits_of
 from dfkd_bench.files import safe_name
 from dfkd_bench.job import Precision, Recipe, TeacherSpec, digest
 from dfkd_bench.lease import Busy, Lease, held
@@ -368,7 +368,9 @@ def import_checkpoint(
             f"({type(error).__name__})"
         ) from None
     model.eval().to(device)
-    accuracy = _accuracies(model, dataset, Normalize(dataset.mean, dataset.std, device), root, with_validation=False)
+    normalize = Normalize(dataset.mean, dataset.std, device)
+    _warn_of_classes(model, dataset, normalize, root, file)
+    accuracy = _accuracies(model, dataset, normalize, root, with_validation=False)
     model.cpu()
     wanted = min(50.0, 500.0 / dataset.num_classes) if minimum is None else minimum
     if accuracy["test"] < wanted:
@@ -391,6 +393,26 @@ def import_checkpoint(
         created=record.now(),
     )
     return _keep(folder(dataset, spec), model, card)
+
+
+def _warn_of_classes(model: nn.Module, dataset: DataSet, normalize: Normalize, root: Path | None, file: Path) -> None:
+    """``UserError``: logits that are not finite. A class without a right answer is logged: a wrong order of the classes
+    can leave an accuracy that nobody would doubt."""
+    data = labelled(dataset, ("test",), root, normalize.mean.device)
+    logits = logits_of(model, data.images, normalize)
+    if not torch.isfinite(logits).all():
+        raise UserError(f"{file.name} gives logits that are not finite on {dataset.name}: it is damaged, or no teacher")
+    right = logits.argmax(dim=1) == data.labels.to(logits.device)
+    labels = data.labels.to(logits.device)
+    images = torch.bincount(labels, minlength=dataset.num_classes)
+    known = torch.bincount(labels[right], minlength=dataset.num_classes)
+    missed = [dataset.class_names[index] for index in ((images > 0) & (known == 0)).nonzero().flatten().tolist()]
+    if missed:
+        listed = ", ".join(f"'{name}'" for name in missed[:10]) + (", ..." if len(missed) > 10 else "")
+        log.warning(
+            "%s is never right on %d of %d classes (%s): is their order that of its training?",
+            *(file.name, len(missed), dataset.num_classes, listed),
+        )
 
 
 _STATE_KEYS = ("state_dict", "model", "net")

@@ -817,7 +817,8 @@ def test_the_same_command_goes_on_after_ctrl_c(interrupted: Interrupted, place: 
 
 def test_a_failed_run_is_a_row_and_exit_code_1(interrupted: Interrupted, place: Place) -> None:
     assert interrupted.resumed.code == 1
-    assert "failed: ZeroDivisionError: no luck (seed 0)" in interrupted.resumed.out
+    assert "failed: ZeroDivisionError: no luck (failing.py:" in interrupted.resumed.out
+    assert "log.txt" in interrupted.resumed.out
     (record,) = [record for record in read_all(place.output) if record.job.method == "failing"]
     assert record.status == "failed"
 

@@ -868,6 +868,15 @@ def test_labels_follow_the_stated_classes(tested: Path) -> None:
     assert (found.class_names, found.split("test").labels.tolist()) == (("spoon", "fork", "tea cup"), [0, 2])
 
 
+def test_a_folder_whose_name_is_encoded_otherwise_is_told(tested: Path) -> None:
+    """Composed and decomposed letters look the same."""
+    composed, decomposed = "gr\u00fcn", "gru\u0308n"
+    (tested / "test" / "spoon").rename(tested / "test" / decomposed)
+    state(tested, {**STATED, "classes": [composed, "fork", "Tea_Cup"]})
+    with pytest.raises(UserError, match="they look alike, but their letters are encoded otherwise"):
+        dataset(f"folder:{tested}").split("test")
+
+
 def test_a_folder_of_no_stated_class_is_refused(tested: Path) -> None:
     state(tested, {**STATED, "classes": ["spoon", "fork"]})
     with pytest.raises(UserError, match="Tea_Cup is not one of the 2 classes"):
@@ -883,7 +892,7 @@ def test_gray_images_get_as_many_channels_as_there_are_means(tmp_path: Path) -> 
 
 def test_one_mean_for_images_in_colour_is_refused(tested: Path) -> None:
     state(tested, {"mean": [0.5], "std": [0.5]})
-    with pytest.raises(UserError, match=r"dataset.json has 1 mean, but there are images in colour"):
+    with pytest.raises(UserError, match=r"dataset.json has 1 mean, but .*/Tea_Cup/0.png is in colour: give 3"):
         dataset(f"folder:{tested}")
 
 

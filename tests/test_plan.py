@@ -154,8 +154,19 @@ def test_a_failure_of_another_task_is_not_repeated(rerun: tuple[str, ...], engin
 
 def test_no_teacher_is_missing_for_runs_that_are_not_done_again(engine: Engine, tmp_path: Path) -> None:
     (item,) = planned(tmp_path).planned
-    record.write(tmp_path, made(item.job, "", status="failed"))
+    record.write(tmp_path, made(item.job, FOUND.source("dafl").source_sha256(), status="failed"))
     assert planned(tmp_path).missing_teachers == ()
+
+
+def test_a_run_that_failed_with_other_code_is_new(engine: Engine, tmp_path: Path) -> None:
+    """Whoever has mended a method and gives the same command again wants to see it run."""
+    (item,) = planned(tmp_path).planned
+    path = record.write(tmp_path, made(item.job, "other code", status="failed"))
+    looked_at = planned(tmp_path)
+    assert [(one.state, one.record is None) for one in looked_at.planned] == [("new", False)]  # a table still shows it
+    carry_out(looked_at, FOUND, Place(tmp_path), ["cpu"])
+    assert engine.place is not None  # runs began, and not with the old record
+    assert (engine.records, path.exists()) == ([], False)
 
 
 def test_the_teacher_lies_beside_the_records(engine: Engine, tmp_path: Path) -> None:

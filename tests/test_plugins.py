@@ -142,6 +142,28 @@ def test_training_data_are_for_controls_only(write: Callable[[str, str], Path]) 
     assert discover([write("control", control)]).method("control").needs
 
 
+def test_a_misspelt_method_of_a_class_is_named(write: Callable[[str, str], Path]) -> None:
+    path = write("misspelt", METHOD.replace("def synthesize", "def synthesise"))
+    lacks = "class Toy lacks synthesize, which every method defines"
+    with pytest.raises(UserError, match=f"plugin {path}: {lacks}"):
+        discover([path])
+    with pytest.raises(UserError, match=f"{path} defines no subclass of .*: {lacks}"):
+        method_file(path)
+
+
+@pytest.mark.parametrize("name", ["all", "teacher"])
+def test_names_with_another_meaning_in_commands_are_taken(name: str, write: Callable[[str, str], Path]) -> None:
+    path = write(name, METHOD)
+    for take in (method_file, lambda path: discover([path])):
+        with pytest.raises(UserError, match=f"a method can't be called '{name}'"):
+            take(path)
+
+
+def test_a_file_to_be_checked_has_no_name_of_a_built_in_method(write: Callable[[str, str], Path]) -> None:
+    with pytest.raises(UserError, match="two methods are called 'fm'"):
+        method_file(write("fm", METHOD))
+
+
 def test_a_file_without_a_method_is_none(write: Callable[[str, str], Path]) -> None:
     with pytest.raises(UserError, match="no subclass"):
         method_file(write("empty", "x = 1"))

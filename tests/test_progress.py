@@ -30,6 +30,31 @@ def test_the_time_left_is_that_of_the_work_left_not_of_the_runs_left(monkeypatch
     assert "1/2  run 0: done  (80 s, about 20 s left)" in lines.getvalue()
 
 
+def test_a_long_run_says_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a file, where there is no bar: at each tenth of the epochs, but once a minute at most."""
+    now = 0.0
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: now))
+    lines = io.StringIO()
+    say = progress._Lines(Console(file=lines))
+    say(run_step(0, 0.8, "started"))
+    for epoch, seconds in ((1, 30), (2, 70), (3, 90), (4, 700)):
+        now = float(seconds)
+        say(run_step(0, 0.8, "running", epoch))
+    assert lines.getvalue().splitlines() == ["  run 0: epoch 2/10", "  run 0: epoch 4/10"]
+
+
+def test_an_epoch_of_many_is_told_after_ten_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: now))
+    lines = io.StringIO()
+    say = progress._Lines(Console(file=lines))
+    for epoch, seconds in ((0, 0), (1, 300), (2, 700)):
+        now = float(seconds)
+        event = Event(0, "running", epoch, 1000)
+        say(Step("runs", "run 0", 0, 1, 1.0, event))
+    assert lines.getvalue().splitlines() == ["  run 0: epoch 2/1000"]
+
+
 def test_the_bar_of_all_runs_grows_by_work() -> None:
     bars = progress._bars(Console(file=io.StringIO(), force_terminal=True))
     say = progress._Bars(bars)

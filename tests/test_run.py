@@ -33,6 +33,7 @@ from dfkd_bench.lease import Busy
 from dfkd_bench.paths import HOME_VARIABLE, home
 from dfkd_bench.pool import Pool
 from dfkd_bench.record import DataFolder, Record, read, record_path
+from dfkd_bench.report import table as tables
 from dfkd_bench.run import EpochDone, Place, failed, run, stream_seed
 from dfkd_bench.runfolder import RunFolder
 from dfkd_bench.suite import expand, make_suite
@@ -217,13 +218,13 @@ def test_a_method_that_opens_data_files_fails(fresh: Path, tmp_path: Path) -> No
 
 def test_an_exception_becomes_a_failed_record(fresh: Path, tmp_path: Path) -> None:
     record = run_it("failing", tmp_path, (plugin(tmp_path, "failing", FAILING),))
-    assert (record.status, record.reason) == ("failed", "ZeroDivisionError: no luck")
+    assert (record.status, record.reason) == ("failed", "ZeroDivisionError: no luck (failing.py:10)")
     assert "Traceback" in (RunFolder(record.job).path / "log.txt").read_text()
 
 
 def test_sys_exit_of_a_method_is_a_failed_record_with_a_reason(fresh: Path, tmp_path: Path) -> None:
     record = run_it("leaving", tmp_path, (plugin(tmp_path, "leaving", NOISE.format("raise SystemExit(0)")),))
-    assert (record.status, record.reason) == ("failed", "SystemExit: 0")
+    assert (record.status, record.reason) == ("failed", "SystemExit: 0 (leaving.py:9)")
 
 
 def test_a_raw_file_of_the_data_set_counts_as_data_whatever_its_name(
@@ -244,6 +245,31 @@ def test_a_loss_that_is_not_finite_is_an_outcome(fresh: Path, tmp_path: Path) ->
     record = run_it("nayer", tmp_path, lr=1e30)
     assert (record.status, record.outcome) == ("done", "not finite")
     assert record.curve[-1].loss is None
+
+
+def test_images_that_are_not_finite_or_in_range_are_counted(fresh: Path, tmp_path: Path) -> None:
+    """The pool's 8 bits hide them: black, or clamped."""
+    bad = "return Synthesis(torch.rand(8, *self.task.image_shape) * (float('nan') if at.epoch % 2 else 2))"
+    record = run_it("diverging", tmp_path, (plugin(tmp_path, "diverging", NOISE.format(bad)),))
+    counted = record.counters
+    assert 0 < counted.images_not_finite < counted.images_made
+    assert counted.images_not_finite + counted.images_clamped == counted.images_made
+    table = tables.build([record], "t")
+    assert any("images were not finite: black in the pool (seed 0)" in line for line in table.rows[-1].remarks)
+    assert any("images were not in [0, 1] (seed 0)" in line for line in table.rows[-1].remarks)
+
+
+def test_a_method_that_changes_the_teacher_fails(fresh: Path, tmp_path: Path) -> None:
+    change = "self.task.teacher.classifier.weight.data.mul_(1.01)"
+    record = run_it("changing", tmp_path, (plugin(tmp_path, "changing", NOISE.format(change)),))
+    assert record.status == "failed"
+    assert str(record.reason).startswith("TeacherChanged: the method has changed the teacher's weights or buffers")
+
+
+def test_bytes_for_images_are_refused(fresh: Path, tmp_path: Path) -> None:
+    wrong = "return Synthesis(torch.zeros(8, *self.task.image_shape, dtype=torch.uint8))"
+    record = run_it("bytes_", tmp_path, (plugin(tmp_path, "bytes_", NOISE.format(wrong)),))
+    assert record.reason == "TypeError: `synthesize` returned images of torch.uint8, expected floats in [0, 1]"
 
 
 def test_a_student_at_chance_is_called_collapsed(fresh: Path, tmp_path: Path) -> None:
@@ -507,7 +533,7 @@ def test_an_error_is_recorded_whatever_has_become_of_the_file(edited: str | None
             path.write_text(edited.format("pass") if "CARD" in edited else edited)
 
     record = run(job, Place(tmp_path, plugin_files=(path,), device="cpu"), edit)
-    assert (record.reason, record.method.source_sha256) == ("ZeroDivisionError: no luck", before)
+    assert (record.reason, record.method.source_sha256) == ("ZeroDivisionError: no luck (failing.py:10)", before)
     assert failed(job, found, "it died").knowledge == "not stated"
 
 

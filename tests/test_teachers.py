@@ -531,6 +531,25 @@ def test_a_file_that_is_no_checkpoint(name: str, tmp_path: Path, data_only: Path
     assert len(one_line(caught)) < 200 + len(str(tmp_path))
 
 
+def test_a_class_that_is_never_right_is_named(
+    at_hand: Path, pth: Callable[..., Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Two outputs changed places: four of five images are still right."""
+    state = weights_of(at_hand)
+    order = [1, 0, *range(2, 10)]
+    swapped = {name: value[order] if name.startswith("classifier.") else value for name, value in state.items()}
+    card = import_checkpoint(pth(swapped), DIGITS, "convnet8")
+    assert card.accuracy["test"] > 60
+    assert "foreign.pth is never right on 2 of 10 classes ('zero', 'one')" in caplog.text
+
+
+def test_logits_that_are_not_finite_are_no_teachers(at_hand: Path, pth: Callable[..., Path]) -> None:
+    state = weights_of(at_hand)
+    state["classifier.weight"][0, 0] = float("nan")
+    with pytest.raises(UserError, match="gives logits that are not finite on digits"):
+        import_checkpoint(pth(state), DIGITS, "convnet8", minimum=0)
+
+
 def test_tensors_that_are_no_plain_ones_are_refused(data_only: Path, pth: Callable[..., Path]) -> None:
     state = {name: value.to_sparse() if value.dim() == 2 else value for name, value in random_state().items()}
     with pytest.raises(UserError, match="some of its tensors can't be copied into plain ones") as caught:

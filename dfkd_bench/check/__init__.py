@@ -80,8 +80,8 @@ def _outcome(check: Callable[[Subject], None], subject: Subject) -> Outcome:
         return Outcome(
             name, declared, f"declared: {one_line(str(reason))} ({detail})" if declared else detail, declared
         )
-    except Exception as error:  # a method may raise anything
-        return Outcome(name, False, named(error), declared)
+    except (Exception, SystemExit) as error:  # a method may raise anything, and call sys.exit
+        return Outcome(name, False, named(error, subject.source.path), declared)
     if declared:
         return Outcome(name, False, f"declared quirk did not happen: {holds}", True)
     return Outcome(name, True, holds, False)

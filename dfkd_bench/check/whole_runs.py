@@ -72,7 +72,9 @@ def _works(subject: Subject, case: Case) -> None:
     try:
         played = bench.play()
     except Exception as error:
-        raise Broken(f"{case.num_classes} classes, images {list(case.image_shape)}: {named(error)}") from error
+        raise Broken(
+            f"{case.num_classes} classes, images {list(case.image_shape)}: {named(error, subject.source.path)}"
+        ) from error
     for name, value in played.trace:
         if not torch.isfinite(value).all():
             raise Broken(f"{case.num_classes} classes, images {list(case.image_shape)}: {name} not finite")

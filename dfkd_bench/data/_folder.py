@@ -14,7 +14,7 @@ from dfkd_bench.data._arrays import BLOCK, Part, RawData
 from dfkd_bench.data._dataset import DataSet
 from dfkd_bench.data._digest import digest_of, kept_digest
 from dfkd_bench.data._fetch import raw_path
-from dfkd_bench.data._image_files import class_folders, image_files, is_gray, read_class_folders
+from dfkd_bench.data._image_files import class_folders, image_files, is_gray, read_class_folders, refuse_deep_pixels
 from dfkd_bench.data._prepared import prepared_folder
 from dfkd_bench.data._raw import Raw
 from dfkd_bench.data._reason import reason
@@ -163,20 +163,25 @@ def _common_shape(files: Sequence[Path], known: Stated) -> tuple[int, int, int]:
     from PIL import Image
 
     first: tuple[int, int] | None = None
-    gray = True
+    coloured: Path | None = None
     for file in files:
         try:
             with Image.open(file) as image:
+                refuse_deep_pixels(file, image)
                 size, mode = (image.height, image.width), image.mode
+        except UserError:
+            raise
         except Exception as error:  # see decode
             raise UserError(f"{file} can't be read as an image ({reason(error)}): replace or remove it") from None
         first = first or size
         if size != first:
             raise UserError(f"{file} has the size {size}, {files[0]} has {first} (H, W): make them agree")
-        gray = gray and is_gray(mode)
-    channels = (1 if gray else 3) if known.mean is None else len(known.mean)
-    if channels == 1 and not gray:
-        raise UserError(f"{files[0].parents[2] / STATED_FILE} has 1 mean, but there are images in colour: expected 3")
+        coloured = coloured or (None if is_gray(mode) else file)
+    channels = (3 if coloured else 1) if known.mean is None else len(known.mean)
+    if channels == 1 and coloured:
+        raise UserError(
+            f"{files[0].parents[2] / STATED_FILE} has 1 mean, but {coloured} is in colour: give 3, or make it gray"
+        )
     height, width = first or (0, 0)
     return (channels, height, width)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import unicodedata
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -95,7 +97,15 @@ def read_class_folders(
     folder = raw_path(data, root, (data.raw.test if part == "test" else data.raw.train)[0])
     strangers = [name for name in class_folders(folder) if name not in set(classes)]
     if strangers:
-        raise UserError(f"{folder / strangers[0]} is not one of the {len(classes)} classes of '{data.name}': remove it")
+        place = folder / strangers[0]
+        if near := difflib.get_close_matches(strangers[0], classes, n=1):
+            alike = unicodedata.normalize("NFC", near[0]) == unicodedata.normalize("NFC", strangers[0])
+            how = " (they look alike, but their letters are encoded otherwise)" if alike else ""
+            raise UserError(
+                f"{place} is not one of the {len(classes)} classes of '{data.name}', the nearest is '{near[0]}'{how}: "
+                "make both names one"
+            )
+        raise UserError(f"{place} is not one of the {len(classes)} classes of '{data.name}': take it out of {folder}")
     files = [(path, label) for label, name in enumerate(classes) for path in _class_files(folder / name / inner)]
     labels = np.array([label for _, label in files], np.int64)
     return RawData.of_files([path for path, _ in files], labels, partial(decode, shape=data.image_shape, resize=resize))

@@ -215,6 +215,11 @@ def _remarks(one: Group) -> Iterable[str]:
             spoilt.setdefault(f"{record.outcome}{_because(record)}", []).append(record.job.seed)
     for what, seeds in spoilt.items():
         yield f"{len(seeds)} of {len(one.scored)} students {what} ({_seeds(seeds)}, counted in the mean)"
+    made = sum(record.counters.images_made for record in one.scored)
+    for counter, what in (("images_not_finite", "not finite: black in the pool"), ("images_clamped", "not in [0, 1]")):
+        of_seeds = {record.job.seed: getattr(record.counters, counter) for record in one.scored}
+        if unfit := [seed for seed, count in of_seeds.items() if count]:
+            yield f"{sum(of_seeds.values()):,} of {made:,} images were {what} ({_seeds(unfit)})"
 
 
 def _because(record: Record) -> str:
