@@ -58,7 +58,7 @@ def run_both(
         again = ("failed", "stale")
         devices, threads = default_devices("auto", None, plan.to_run(again))
         place = Place(home, threads=threads, workers=len(devices))
-        with show(plan, Console(stderr=True), quiet=not sys.stderr.isatty()) as report:
+        with show(plan, Console(stderr=True)) as report:
             made[precision] = carry_out(plan, found, place, devices, again, report)
     return made
 

@@ -120,7 +120,7 @@ def run_trials(
     whole = Plan(plans[0].suite, tuple(planned.values()), ())
     devices, threads = default_devices("auto", None, whole.to_run(("failed", "stale")))
     place = Place(home, plugin_files=found.files, threads=threads, workers=len(devices))
-    with show(whole, Console(stderr=True), quiet=not sys.stderr.isatty()) as report:
+    with show(whole, Console(stderr=True)) as report:
         made = {item.job_id: item for item in carry_out(whole, found, place, devices, ("failed", "stale"), report)}
     if any(item.job.id not in made for item in whole.planned):
         raise UserError(f"{dataset}: some of the trials are under way elsewhere; call this again when they are over")

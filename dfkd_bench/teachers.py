@@ -350,7 +350,7 @@ def import_checkpoint(
 ) -> TeacherCard:
     """Take over a foreign ``.pth`` or ``.safetensors`` file: a state dict, or a dictionary with one (``_STATE_KEYS``).
 
-    The key names are those of zju-vipa/CMI's modules, ``module.`` prefixes are dropped. Read with
+    The key names are those of zju-vipa/CMI's modules, prefixes of wrappers (``_WRAPPERS``) are dropped. Read with
     ``weights_only=True``; what doesn't fit is refused. ``minimum``: refuse below this test accuracy [%]; default:
     five times chance or 50 %, whichever is smaller, so that a checkpoint of another data set is not taken. That
     accuracy is measured on ``device``, in fp32.
@@ -358,6 +358,7 @@ def import_checkpoint(
     check_model(model_name, dataset.num_classes, dataset.image_shape, models or {})
     state = _read_foreign(file)
     model = build_model(model_name, dataset.num_classes, dataset.image_shape[0], models)
+    state = _unwrapped(state, model)
     state = {**_batch_counters(model, state), **state}
     _check_fits(state, model, file, model_name, dataset)
     try:
@@ -429,7 +430,23 @@ def _read_foreign(file: Path) -> dict[str, Tensor]:
     if not isinstance(content, Mapping) or not content or not all(isinstance(v, Tensor) for v in content.values()):
         keys = ", ".join(f"'{key}'" for key in _STATE_KEYS)
         raise UserError(f"{file} holds no state dict: expected a dictionary of tensors, or one under any of {keys}")
-    return {str(name).removeprefix("module."): tensor for name, tensor in content.items()}
+    return {str(name): tensor for name, tensor in content.items()}
+
+
+_WRAPPERS = ("module.", "_orig_mod.", "model.", "net.")
+"""What stands before all names of a network that was trained in DataParallel, by torch.compile, or in a module of the
+user's or of Lightning's."""
+
+
+def _unwrapped(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """``state`` without the wrappers' prefixes, as far as the model's own names don't begin like that."""
+    wanted = model.state_dict().keys()
+    while not state.keys() & wanted:
+        prefix = next((one for one in _WRAPPERS if all(name.startswith(one) for name in state)), None)
+        if prefix is None:
+            break
+        state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+    return state
 
 
 def _read_safetensors(file: Path) -> Any:

@@ -241,6 +241,7 @@ CaeDfkd.published = {
     "cifar100": _as_nayer(_CIFAR, generator_steps=40),
     "tiny_imagenet": _as_nayer(_TINY, synthesis_batch_size=200, generator_steps=60, loops=4, warmup_loops=20),
 }
+CaeDfkd.equal_lr = {"digits": 0.1}  # results/trials/digits_equal.json
 CaeDfkd.search = {
     "contrast": (0.1, 0.3, 1.0),
     "noise_scale": (0.3, 0.5),

@@ -130,6 +130,7 @@ Dafl.published = {
         source="zju-vipa/CMI, scripts/dafl/dafl_cifar10_wrn402_wrn161.sh (the only released script of this form)",
     ),
 }
+Dafl.equal_lr = {"digits": 0.1}  # results/trials/digits_equal.json
 Dafl.search = {
     "generator_steps": (1, 3, 5),
     "generator_lr": (1e-3, 4e-3),

@@ -172,6 +172,7 @@ DeepInversion.published = {
         400, "third-party", f"{FORK}/deepinv_cifar100_resnet34_resnet18.sh (newest)", temperature=1.0
     ),
 }
+DeepInversion.equal_lr = {"digits": 0.2}  # results/trials/digits_equal.json
 DeepInversion.search = {
     "pixel_steps": (30, 60, 100),
     "pixel_lr": (0.05, 0.1, 0.2),

@@ -131,6 +131,7 @@ Dfad.published = {
     "cifar10/resnet34:resnet18": ORIGINAL,
     "cifar100/resnet34:resnet18": ORIGINAL,
 }
+Dfad.equal_lr = {"digits": 0.2}  # results/trials/digits_equal.json
 Dfad.search = {
     "generator_steps": (1, 3, 5),
     "generator_lr": (1e-3, 4e-3),

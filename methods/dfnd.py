@@ -164,6 +164,7 @@ Dfnd.published = {
         for key, entry in Dfnd.published.items()
     },
 }
+Dfnd.equal_lr = {"digits": 0.1}  # results/trials/digits_equal.json
 Dfnd.search = {
     "selected": (0.25, 0.468323, 1.0),
     "noisy": (0.0, 0.3, 1.0),

@@ -159,6 +159,7 @@ Dfq.published = {
     "cifar10/wrn40_2:wrn16_1": _script(0.1, "dfq_cifar10_wrn402_wrn161"),
     "cifar100/resnet34:resnet18": _script(0.05, "dfq_cifar10_res34_res18"),  # its name is wrong: --dataset cifar100
 }
+Dfq.equal_lr = {"digits": 0.1}  # results/trials/digits_equal.json
 Dfq.search = {
     "generator_steps": (1, 3, 5),
     "generator_lr": (1e-3, 4e-3),

@@ -209,6 +209,7 @@ FastMeta.published = {
         )
     },
 }
+FastMeta.equal_lr = {"digits": 0.1}  # results/trials/digits_equal.json
 FastMeta.search = {
     "generator_steps": (5, 10, 20, 60),  # 60: as many as NAYER's two batches of 30
     "synthesis_batch_size": (100, 200),

@@ -166,6 +166,7 @@ Kakr.published = {
         source="gaurav104/LRA, src/configs/Ours-2.json; replay=memory: Ours-1.json, the same otherwise",
     ),
 }
+Kakr.equal_lr = {"digits": 0.2}  # results/trials/digits_equal.json
 Kakr.search = {
     "meta": ("released", "intended"),
     "inner_lr": (0.01, 0.1, 0.9),

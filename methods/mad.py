@@ -231,6 +231,7 @@ Mad.published = {
     "tiny_imagenet": _ours({"conditional": "sum", "bound": math.log(200)}),
     "imagenet": _ours({"conditional": "sum", "bound": math.log(1000)}),
 }
+Mad.equal_lr = {"digits": 0.2}  # results/trials/digits_equal.json
 Mad.search = {
     "generator_steps": (1, 3, 5),
     "generator_lr": (1e-3, 4e-3),

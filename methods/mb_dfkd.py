@@ -101,6 +101,7 @@ MbDfkd.published = {
         source="gaurav104/LRA, src/configs/MB-DFKD.json and src/agents/predfkd_memory.py",
     ),
 }
+MbDfkd.equal_lr = {"digits": 0.2}  # results/trials/digits_equal.json
 MbDfkd.search = {
     "generator_steps": (1, 3, 5),
     "generator_lr": (1e-3, 5e-3, 0.02),

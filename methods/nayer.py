@@ -356,6 +356,7 @@ Nayer.published = {
 SMALL = {"encoder": "sbert", "student_eval": True, "synthesis_batch_size": 100, "noisy_width": 256}
 SMALL |= {"generator_width": 32, "generator_lr": 0.01, "loops": 2, "warmup_loops": 4}
 
+Nayer.equal_lr = {"digits": 0.05}  # results/trials/digits_equal.json
 Nayer.search = {
     "generator_steps": (10, 20, 30),
     "loops": (1, 2),

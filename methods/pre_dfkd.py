@@ -89,6 +89,7 @@ PreDfkd.published = {
         source="kuluhan/PRE-DFKD, main.py (its only script)",
     ),
 }
+PreDfkd.equal_lr = {"digits": 0.2}  # results/trials/digits_equal.json
 PreDfkd.search = {
     "generator_steps": (1, 3, 5),
     "generator_lr": (1e-3, 5e-3, 0.02),

@@ -248,6 +248,7 @@ SpaceshipNet.published = {
         for key, entry in SpaceshipNet.published.items()
     },
 }
+SpaceshipNet.equal_lr = {"digits": 0.05}  # results/trials/digits_equal.json
 SpaceshipNet.search = {
     "generator_steps": (25, 50),
     "generator_lr": (1e-3, 5e-3),

@@ -252,6 +252,7 @@ TaDfkd.published = {
         for key, entry in TaDfkd.published.items()
     },
 }
+TaDfkd.equal_lr = {"digits": 0.2}  # results/trials/digits_equal.json
 TaDfkd.search = {
     "generator_steps": (1, 3, 5),
     "generator_lr": (1e-3, 4e-3),

@@ -162,6 +162,7 @@ Zskt.published = {
         source="zju-vipa/CMI, scripts/zskt/zskt_cifar10_wrn402_wrn161.sh (the only released script of this form)",
     ),
 }
+Zskt.equal_lr = {"digits": 0.05}  # results/trials/digits_equal.json
 Zskt.search = {
     "generator_steps": (1, 3, 5),
     "generator_lr": (1e-3, 4e-3),

@@ -300,6 +300,28 @@ def test_features_of_a_resnet_are_the_inputs_of_its_stages(make_task: Callable[.
     assert sum(parameter.numel() for parameter in method.head.parameters()) == 393_984
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_spatial_means_and_their_gradient_are_torchs_to_the_bit(
+    dtype: torch.dtype, layout: torch.memory_format
+) -> None:
+    """Beside another gradient of the same activation, as in a teacher."""
+    layer, weights, gradients = nn.Identity(), torch.randn(4, 3), []
+    for plain in (True, False):
+        x = torch.randn(4, 3, 5, 7, generator=torch.Generator().manual_seed(0)).to(dtype, memory_format=layout)
+        x.requires_grad_()
+        if plain:
+            mean, through = x.mean(dim=(2, 3), dtype=torch.float32), layer(x)
+        else:
+            with spatial_means([layer]) as means:
+                through = layer(x)
+            (mean,) = means
+        (gradient,) = torch.autograd.grad((mean * weights).sum() + (through**2).float().sum(), x)
+        gradients.append((mean.detach(), gradient))
+    assert all(torch.equal(first, second) for first, second in zip(*gradients, strict=True))
+    assert gradients[0][0].dtype == torch.float32
+
+
 def test_features_are_raw_means_of_the_layers_inputs(task: Task) -> None:
     x = torch.randn(4, *task.image_shape)
     with spatial_means([task.teacher.bn1]) as means:

@@ -434,7 +434,7 @@ def test_verify_of_an_unknown_name_lists_those_at_hand(at_hand: Path) -> None:
 # --- Foreign checkpoints ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("prefix", ["", "module."])
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod.", "model."])
 @pytest.mark.parametrize("key", ["", "state_dict", "model", "net"])
 def test_a_foreign_checkpoint_is_taken_over(prefix: str, key: str, at_hand: Path, pth: Callable[..., Path]) -> None:
     weights = weights_of(at_hand)
