@@ -72,6 +72,7 @@ def _smoke(pool: str, epochs: int = 20, student_steps: int = 30) -> Published:
     )
 
 
+OutOfDomainKD.equal_lr = {"digits": 0.05}  # results/trials/digits_equal.json
 OutOfDomainKD.smoke = {
     "digits": _smoke("glyphs16", epochs=8),
     "fashion_mnist": _smoke("digits", epochs=10),

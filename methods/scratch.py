@@ -52,3 +52,4 @@ class Scratch(Method):
 
 # Batches may come from host memory: in the same order, with the same bits.
 Scratch.same_results = ("95ccf8626379359c3d920749a9e56d7c916ff868da4c09b994291dc19fb4ffba",)
+Scratch.equal_lr = {"digits": 0.05}  # results/trials/digits_equal.json
