@@ -67,7 +67,8 @@ def rows(method: str, output: Path, found: Plugins) -> Iterator[str]:
         everything = records_of(name, output, found)
         own, noise = (_done(everything, which) for which in (method, NOISE))
         if own:
-            yield _row(name, own, noise, _trials(method, own[0].job.dataset, own[0].counters.student_steps, output))
+            job, steps = own[0].job, own[0].counters.student_steps
+            yield _row(name, own, noise, _trials(method, job.dataset, steps, output, job.protocol == "equal"))
 
 
 def _done(records: Sequence[Record], method: str) -> list[Record]:
@@ -100,12 +101,13 @@ def _mean(records: Sequence[Record], measure: str) -> str:
     return f"{fmean(values):.2f}" if values else "-"
 
 
-def _trials(method: str, dataset: str, steps: int, output: Path) -> str:
+def _trials(method: str, dataset: str, steps: int, output: Path, equal: bool = False) -> str:
     """The validation accuracies of a method's trials with the first seed; the chosen one is bold.
 
-    ``steps``: student steps of the suite; those of the trials are told where they are others.
+    ``steps``: student steps of the suite; those of the trials are told where they are others. ``equal``: the trials of
+    learning rates under protocol `equal`.
     """
-    file = output / "trials" / f"{safe_name(dataset)}.json"
+    file = output / "trials" / f"{safe_name(dataset)}{'_equal' if equal else ''}.json"
     kept: dict[str, Any] = json.loads(file.read_text()).get(method, {}) if file.is_file() else {}
     if not kept:
         return "-"

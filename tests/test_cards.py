@@ -65,5 +65,14 @@ def test_the_chosen_trial_is_bold(tmp_path: Path) -> None:
     assert cards._trials("mine", "digits", 240, tmp_path) == "50.00, **61.24** (600 steps)"
 
 
+def test_equal_budgets_have_trials_of_their_own(tmp_path: Path) -> None:
+    trials = [{"validation_accuracy": {"100": 70.0}, "student_steps": 600}]
+    (tmp_path / "trials").mkdir()
+    file = tmp_path / "trials" / "digits_equal.json"
+    file.write_text(json.dumps({"mine": {"seeds": [100], "chosen": 0, "trials": trials}}))
+    assert cards._trials("mine", "digits", 600, tmp_path, equal=True) == "**70.00**"
+    assert cards._trials("mine", "digits", 600, tmp_path) == "-"
+
+
 def test_without_trials_there_is_a_dash(tmp_path: Path) -> None:
     assert cards._trials("mine", "digits", 240, tmp_path) == "-"
