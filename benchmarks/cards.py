@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any, get_args
@@ -44,6 +44,10 @@ setting in bold, and their student steps where the suite has others
 """
 
 
+Tables = Mapping[str, Sequence[Record]]
+"""Suite -> its records."""
+
+
 def suites_with_a_table(output: Path) -> list[str]:
     """Built-in suites whose whole table lies in ``output``."""
     return [
@@ -61,10 +65,14 @@ def records_of(name: str, output: Path, found: Plugins) -> list[Record]:
     return max((plan.records() for plan in plans), key=len)
 
 
-def rows(method: str, output: Path, found: Plugins) -> Iterator[str]:
+def tables_of(output: Path, found: Plugins) -> Tables:
+    """The records of all suites whose table lies in ``output``: read once, for the cards of all methods."""
+    return {name: records_of(name, output, found) for name in suites_with_a_table(output)}
+
+
+def rows(method: str, output: Path, tables: Tables) -> Iterator[str]:
     """The lines of a method's table."""
-    for name in suites_with_a_table(output):
-        everything = records_of(name, output, found)
+    for name, everything in tables.items():
         own, noise = (_done(everything, which) for which in (method, NOISE))
         if own:
             job, steps = own[0].job, own[0].counters.student_steps
@@ -118,8 +126,8 @@ def _trials(method: str, dataset: str, steps: int, output: Path, equal: bool = F
     return ", ".join(values) + (f" ({of_trials:,} steps)" if of_trials != steps else "")
 
 
-def with_results(page: str, method: str, output: Path, found: Plugins) -> str:
-    """``page`` with the table of ``method`` between the marks.
+def with_results(page: str, method: str, output: Path, tables: Tables) -> str:
+    """``page`` with the table of ``method`` between the marks. ``output`` has the trials.
 
     Raises:
         UserError: only one of the marks is there.
@@ -130,7 +138,7 @@ def with_results(page: str, method: str, output: Path, found: Plugins) -> str:
     _, end, after = rest.partition(END)
     if not (begin and end):
         raise UserError(f"the card of {method} has one of the marks, and not both: {BEGIN} and {END}")
-    table = "".join(f"{row}\n" for row in rows(method, output, found))
+    table = "".join(f"{row}\n" for row in rows(method, output, tables))
     return f"{before}{BEGIN}\n{HEAD}{table}{END}{after}"
 
 
@@ -144,10 +152,10 @@ def main() -> None:
         for folder in (output, pages):
             if not folder.is_dir():
                 raise UserError(f"there is no folder {folder} here: call this in the root of a checkout")
-        found = plugins.discover()
+        tables = tables_of(output, plugins.discover())
         for path in sorted(pages.glob("*.md")):
             page = path.read_text(encoding="utf-8")
-            new = with_results(page, path.stem, output, found)
+            new = with_results(page, path.stem, output, tables)
             if new != page:
                 record.write_text(path, new)
                 print(path)

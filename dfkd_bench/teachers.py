@@ -311,11 +311,16 @@ def list_teachers() -> Iterator[tuple[Path, TeacherCard]]:
         yield path.parent, card
 
 
+def _cards_of(dataset: DataSet) -> Iterator[TeacherCard]:
+    """Of the teachers at hand for a data set. A damaged one is a ``UserError``: it may be the one that is meant."""
+    for path in (home() / "teachers" / safe_name(dataset.name)).glob("*/teacher.json"):
+        yield read_card(path.parent)
+
+
 def find_imported(dataset: DataSet, model: str) -> TeacherCard | None:
     """The newest imported teacher of a data set and model, if there is one."""
-    paths = (home() / "teachers" / safe_name(dataset.name)).glob("*/teacher.json")
-    cards = [card for card in map(read_card, (path.parent for path in paths)) if card.model == model]
-    imported = [card for card in cards if card.spec.sha256 is not None and card.dataset == dataset.name]
+    cards = [card for card in _cards_of(dataset) if (card.dataset, card.model) == (dataset.name, model)]
+    imported = [card for card in cards if card.spec.sha256 is not None]
     return max(imported, key=lambda card: card.created, default=None)
 
 

@@ -17,24 +17,29 @@ FOUND = plugins.discover()
 WITH_RESULTS = sorted(path.stem for path in CARDS.glob("*.md") if cards.BEGIN in path.read_text(encoding="utf-8"))
 
 
+@pytest.fixture(scope="module")
+def tables() -> cards.Tables:
+    return cards.tables_of(RESULTS, FOUND)
+
+
 @pytest.mark.parametrize("method", WITH_RESULTS)
-def test_a_card_has_the_results_of_the_records(method: str) -> None:
+def test_a_card_has_the_results_of_the_records(method: str, tables: cards.Tables) -> None:
     page = (CARDS / f"{method}.md").read_text(encoding="utf-8")
-    assert cards.with_results(page, method, RESULTS, FOUND) == page
+    assert cards.with_results(page, method, RESULTS, tables) == page
 
 
-def test_every_method_of_the_main_table_has_results_in_its_card() -> None:
-    methods = {one.job.method for one in cards.records_of("smoke_digits", RESULTS, FOUND)}
+def test_every_method_of_the_main_table_has_results_in_its_card(tables: cards.Tables) -> None:
+    methods = {one.job.method for one in tables["smoke_digits"]}
     assert methods - set(WITH_RESULTS) == {"ood_kd"}  # has no card of its own
 
 
 def test_a_page_without_marks_stays_as_it_is() -> None:
-    assert cards.with_results("# A card", "nayer", RESULTS, FOUND) == "# A card"
+    assert cards.with_results("# A card", "nayer", RESULTS, {}) == "# A card"
 
 
 def test_a_page_with_one_mark_is_refused() -> None:
     with pytest.raises(UserError, match=r"the card of nayer has one of the marks"):
-        cards.with_results(f"# A card\n{cards.BEGIN}\ntext", "nayer", RESULTS, FOUND)
+        cards.with_results(f"# A card\n{cards.BEGIN}\ntext", "nayer", RESULTS, {})
 
 
 def test_outside_of_a_checkout_it_is_told_so(
@@ -50,7 +55,7 @@ def test_outside_of_a_checkout_it_is_told_so(
 
 def test_what_stands_around_the_marks_stays() -> None:
     page = f"before\n{cards.BEGIN}\nold\n{cards.END}\nafter"
-    new = cards.with_results(page, "none_such", RESULTS, FOUND)
+    new = cards.with_results(page, "none_such", RESULTS, {})
     assert new == f"before\n{cards.BEGIN}\n{cards.HEAD}{cards.END}\nafter"
 
 

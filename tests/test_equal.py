@@ -80,9 +80,15 @@ def test_controls_generate_nothing(measured: dict[str, Record], name: str) -> No
 
 
 def test_optimiser_and_schedule_are_the_same_but_for_warm_up_and_rounds() -> None:
-    own = {"epochs", "warmup_epochs", "rounds_per_epoch", "student_steps", "batch_size", "pool_cap"}
+    own = {"epochs", "warmup_epochs", "rounds_per_epoch", "student_steps", "batch_size", "pool_cap", "lr"}
     shared = {job.schedule.model_dump_json(exclude=own) for job in jobs((*GENERATING, *CONTROLS)).values()}
     assert len(shared) == 1
+
+
+def test_learning_rates_are_of_the_budgets() -> None:
+    """Each method's own one, chosen on validation from the same values."""
+    rates = {job.schedule.lr for job in jobs((*GENERATING, *CONTROLS)).values()}
+    assert rates <= set(equal.budget("digits").lr)
 
 
 def test_a_method_keeps_its_rhythm() -> None:

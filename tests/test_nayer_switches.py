@@ -435,7 +435,7 @@ def test_noise_input_needs_no_outside_knowledge(encoder: str, prompt: str) -> No
         ("P1", None),  # what the card says: class names and a text encoder
         ("P2", None),
         ("nayer", None),
-        ("a {name!s}", None),
+        ("a {name} of {index}", None),
         ("P3", "a text encoder (index prompt)"),
         ("class {index}", "a text encoder (index prompt)"),
     ],

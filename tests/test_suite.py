@@ -422,7 +422,7 @@ def imported(monkeypatch: pytest.MonkeyPatch) -> TeacherSpec:
         dataset="cifar10", model="wrn40_2", classes=10, channels=3, origin="imported from x.pth", spec=spec,
         sha256="ab" * 32, accuracy={"test": 94.0},
     )  # fmt: skip
-    monkeypatch.setattr(teachers, "list_teachers", lambda: iter([(Path("x"), card)]))
+    monkeypatch.setattr(teachers, "_cards_of", lambda dataset: iter([card]))
     return spec
 
 
